@@ -1,0 +1,84 @@
+"""From one long line of tokens to batches of inputs and labels. The shift by one happens here, only here."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray, vocab_size: int) -> Path:
+    """Write token ids as a `.npy` file in the smallest unsigned type that holds `vocab_size`.
+
+    The file appears whole or not at all (written beside, then renamed).
+    """
+    path = Path(path)
+    ids = np.asarray(ids)
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids.max() if ids.max() >= vocab_size else ids.min()
+        raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}: wrong tokenizer?")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "wb") as file:
+        np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1)), allow_pickle=False)
+    os.replace(beside, path)
+    return path
+
+
+def open_tokens(path: str | Path) -> np.ndarray:
+    """Map a token file into memory: the system reads the pages that are touched, when they are touched."""
+    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, not a line of token ids")
+    return tokens
+
+
+class TokenWindows(torch.utils.data.Dataset):
+    """Windows of `seq_len` tokens, each with its labels: `labels[t]` is the token that follows `inputs[t]`.
+
+    Labels are already shifted. Nothing after this shifts again.
+
+    Args:
+        tokens: A one-dimensional array of ids; a memory map is read window by window.
+        seq_len: T, how many tokens the model sees at once.
+        stride: Distance between the starts of two windows. `seq_len` (the default) uses every token
+            as a label once; 1 gives every window there is.
+    """
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, stride: int | None = None) -> None:
+        if len(tokens) < seq_len + 1:
+            raise ValueError(
+                f"{len(tokens)} tokens are too few for one window: seq_len {seq_len} needs {seq_len + 1}"
+            )
+        self.tokens, self.seq_len = tokens, seq_len
+        self.stride = seq_len if stride is None else stride
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.seq_len - 1) // self.stride + 1
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        """Window `i`: inputs `(T,)` and labels `(T,)`, both int64."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        start = (i % len(self)) * self.stride
+        window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))  # (T+1,)
+        return window[:-1], window[1:]
+
+    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Several windows: inputs `(B, T)` and labels `(B, T)`."""
+        inputs, labels = zip(*(self[int(i)] for i in indices), strict=True)
+        return torch.stack(inputs), torch.stack(labels)
+
+
+def random_batches(
+    tokens: np.ndarray, batch_size: int, seq_len: int, generator: torch.Generator | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `(B, T)` of inputs and labels from random places, for ever.
+
+    The generator makes the order repeatable; the global one is left alone when it is given.
+    """
+    windows = TokenWindows(tokens, seq_len, stride=1)
+    while True:
+        yield windows.batch(torch.randint(len(windows), (batch_size,), generator=generator))
