@@ -121,6 +121,7 @@ def train(
         out_of_time = config.max_seconds is not None and seconds >= config.max_seconds
         done = 1.0 if out_of_time else max(progress, step / config.steps)
         info = StepInfo(step, loss, grad_norm, optimizer.param_groups[0]["lr"], tokens, seconds, done)
-        if any([callback(info) for callback in callbacks]) or out_of_time:
+        wants_to_stop = [callback(info) for callback in callbacks]  # a list: every callback is told
+        if any(wants_to_stop) or out_of_time:
             break
     return info
