@@ -1,0 +1,241 @@
+"""Run an exercise's probes on a learner's object, and say what happened in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import random
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutorial_lib.checks.probes import brief
+from tutorial_lib.checks.spec import Exercise, Failure, Misconception, Probe, same_value
+
+__all__ = ["Result", "Status", "grade", "guarded"]
+
+Status = str  # "passed" | "wrong" | "crashed" | "not started"
+MAX_OUTPUT = 100_000  # characters that an exercise may print while it is graded
+
+
+@dataclass
+class Result:
+    """What the checker found out about one exercise."""
+
+    id: str
+    symbol: str
+    status: Status
+    probes: dict[str, str] = field(default_factory=dict)
+    """Each probe's name with "passed", "failed" or "not run"."""
+    sentence: str = ""
+    """What is wrong, in one sentence."""
+    table: dict[str, str] = field(default_factory=dict)
+    """Input, yours and expected, to put side by side."""
+    diagnosis: str = ""
+    """Name of the misconception whose numbers these are, if any."""
+    explanation: str = ""
+    """What that misconception is."""
+    look_again: str = ""
+    """Heading in the lesson."""
+    details: str = ""
+    """The traceback, for --verbose."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every probe passes."""
+        return self.status == "passed"
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain data."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        from tutorial_lib.checks.report import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from tutorial_lib.checks.report import as_html
+
+        return as_html(self)
+
+
+class TooMuchOutput(BaseException):
+    """The learner's code prints without end. Not an Exception, so that `except Exception` lets it through."""
+
+
+class OutOfTime(BaseException):
+    """The learner's code ran past its time limit."""
+
+
+class _BoundedOutput:
+    """Takes the place of stdout while learner code runs: swallows it, up to a limit."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    def write(self, text: str) -> int:
+        self.written += len(text)
+        if self.written > MAX_OUTPUT:
+            raise TooMuchOutput
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+    def isatty(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def guarded(seconds: float) -> Iterator[None]:
+    """Learner code runs inside: output is bounded and, where the system has alarms, so is time."""
+    can_alarm = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    old_out, old_err = sys.stdout, sys.stderr
+    sys.stdout = sys.stderr = _BoundedOutput()  # type: ignore[assignment]
+    if can_alarm:
+        old_handler = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        if can_alarm:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, old_handler)
+        sys.stdout, sys.stderr = old_out, old_err
+
+
+def grade(exercise: Exercise, learner: Any, seconds: float = 20.0) -> Result:
+    """Run the probes in order and stop at the first that does not pass."""
+    result = Result(exercise.id, exercise.symbol, "passed", look_again=exercise.look_again)
+    result.probes = {probe.name: "not run" for probe in exercise.probes}
+    for probe in exercise.probes:
+        expected = run_probe(probe, exercise.reference)
+        try:
+            with guarded(seconds):
+                yours = run_probe(probe, learner)
+                failure = probe.judge(yours, expected)
+        except NotImplementedError:
+            result.status, result.probes = "not started", {p.name: "not run" for p in exercise.probes}
+            result.sentence = "the stub is still there: replace the line `raise NotImplementedError`"
+            return result
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            result.status, result.probes[probe.name] = "crashed", "failed"
+            result.sentence = explain_crash(error, seconds)
+            result.details = "".join(traceback.format_exception(error))
+            return result
+        if failure is not None:
+            result.status, result.probes[probe.name] = "wrong", "failed"
+            _describe(result, exercise, probe, learner, yours, expected, failure)
+            return result
+        result.probes[probe.name] = "passed"
+    return result
+
+
+def run_probe(probe: Probe, thing: Any) -> Any:
+    """One probe, from the same random state each time."""
+    random.seed(0)
+    np.random.seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return probe.run(thing)
+
+
+def _describe(
+    result: Result,
+    exercise: Exercise,
+    probe: Probe,
+    learner: Any,
+    yours: Any,
+    expected: Any,
+    failure: Failure,
+) -> None:
+    result.sentence = failure.sentence
+    if probe.given is not None:
+        result.table["input"] = probe.given if isinstance(probe.given, str) else brief(probe.given)
+    result.table.update(failure.table)
+    if found := diagnose(exercise, probe, learner, yours, expected):
+        result.diagnosis, result.explanation = found.name, found.sentence
+
+
+def diagnose(
+    exercise: Exercise, probe: Probe, learner: Any, yours: Any, expected: Any
+) -> Misconception | None:
+    """The misconception that gives the learner's numbers on the failed probe, and on all others too.
+
+    Only a match in value counts. Where several match on this probe, the others decide; then the first.
+    """
+    matching = [
+        m for m in exercise.misconceptions if _gives(m, probe, yours) and not _gives(m, probe, expected)
+    ]
+    for other in exercise.probes:
+        if len(matching) < 2:
+            break
+        try:
+            with guarded(5.0):
+                result = run_probe(other, learner)
+        except BaseException:
+            continue
+        matching = [m for m in matching if _gives(m, other, result)] or matching
+    return matching[0] if matching else None
+
+
+def _gives(misconception: Misconception, probe: Probe, result: Any) -> bool:
+    try:
+        return same_value(run_probe(probe, misconception.wrong), result)
+    except Exception:
+        return False
+
+
+def explain_crash(error: BaseException, seconds: float) -> str:
+    """One sentence about an error in learner code: what, where, and, for the usual ones, why."""
+    if isinstance(error, OutOfTime):
+        return f"it did not finish within {seconds:.0f} seconds: is there a loop that never ends?"
+    if isinstance(error, TooMuchOutput):
+        return f"it printed more than {MAX_OUTPUT:,} characters: take the print out of the loop"
+    if isinstance(error, SystemExit):
+        return "it called sys.exit(), which would end the whole program: use return, or raise an error"
+    if isinstance(error, RecursionError):
+        return "it calls itself without end (RecursionError): which call should have stopped?"
+    text = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
+        asked = re.search(r"allocate (\d+) bytes", text)
+        size = f" ({int(asked[1]) / 2**30:.0f} GiB at once)" if asked else ""
+        return f"it asked for more memory than an exercise may have{size}: is a tensor far too large?"
+    where = _where(error)
+    if isinstance(error, NameError) and (name := getattr(error, "name", None)):
+        usual = {"torch", "nn", "F", "math", "np", "einops", "rearrange", "Tensor"}
+        hint = (
+            "is the import cell at the top of the notebook still there?"
+            if name in usual
+            else "a typing slip?"
+        )
+        return f"the name {name!r} is not defined{where}: {hint}"
+    return f"{type(error).__name__}{where}: {text[:300]}" if text else f"{type(error).__name__}{where}"
+
+
+def _where(error: BaseException) -> str:
+    """The deepest line of the learner's own code, if the error came through it."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if (
+            frame.filename.startswith("<cell")
+            or "ipykernel" in frame.filename
+            or "<ipython" in frame.filename
+        ):
+            line = (linecache.getline(frame.filename, frame.lineno or 0) or frame.line or "").strip()
+            return f" at `{line}`" if line else f" in line {frame.lineno} of your cell"
+    return ""

@@ -1,0 +1,149 @@
+"""What an exercise is, to the checker: probes in order, and the wrong ideas that people have about it.
+
+A probe feeds the learner's function (or class) to `run` and judges what comes back. The same `run` is fed the
+reference, which gives the expected value, and every misconception, which is how a diagnosis is made: it is
+claimed only when the learner's numbers equal a misconception's numbers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+__all__ = [
+    "Exercise",
+    "Failure",
+    "Judge",
+    "Misconception",
+    "Probe",
+    "all_exercises",
+    "find_exercise",
+    "same_value",
+]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a probe failed: one sentence, and what to put side by side beneath it."""
+
+    sentence: str
+    table: Mapping[str, str] = field(default_factory=dict)
+
+
+Judge = Callable[[Any, Any], Failure | None]
+"""Called with what came back and what the reference gives; returns None when all is well."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question to the learner's code.
+
+    Args:
+        name: What holds when it passes, in a few words: "norm preserved".
+        run: Takes the learner's object, returns tensors, numbers, strings, or tuples, lists and dicts of
+            them. It builds its inputs afresh at every call, since learners may write into them.
+        judge: See `tutorial_lib.checks.probes` for ready ones.
+        given: The input, to be shown when the probe fails; a tensor or a text.
+    """
+
+    name: str
+    run: Callable[[Any], Any]
+    judge: Judge
+    given: Any = None
+
+
+@dataclass(frozen=True)
+class Misconception:
+    """A wrong implementation that people really write, with one sentence that tells them what happened."""
+
+    name: str
+    wrong: Any
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """An exercise as the checker sees it. Its text, stars, minutes and hints live in the notebook."""
+
+    id: str
+    symbol: str
+    """The function or class that the learner defines."""
+    reference: Any
+    probes: Sequence[Probe]
+    misconceptions: Sequence[Misconception]
+    look_again: str
+    """A heading of the lesson, word for word."""
+    equivalent_mutants: Mapping[str, str] = field(default_factory=dict)
+    """Mutants of the solution that no probe can tell from it, each with the reason."""
+
+    @property
+    def lesson(self) -> str:
+        """`"1.4"` for exercise 1.4.a."""
+        return self.id.rpartition(".")[0]
+
+    @property
+    def part(self) -> int:
+        """1 for exercise 1.4.a."""
+        return int(self.id.split(".")[0])
+
+
+@cache
+def all_exercises() -> dict[str, Exercise]:
+    """Every exercise by id, in the order of the course."""
+    from tutorial_lib.checks import lessons
+
+    found: dict[str, Exercise] = {}
+    for module in pkgutil.iter_modules(lessons.__path__, lessons.__name__ + "."):
+        for exercise in importlib.import_module(module.name).EXERCISES:
+            if exercise.id in found:
+                raise ValueError(f"exercise {exercise.id} is defined twice (again in {module.name})")
+            found[exercise.id] = exercise
+    return dict(sorted(found.items(), key=lambda item: _sort_key(item[0])))
+
+
+def _sort_key(exercise_id: str) -> tuple[int, int, str]:
+    part, lesson, letter = exercise_id.split(".")
+    return int(part), int(lesson), letter
+
+
+def find_exercise(exercise_id: str) -> Exercise:
+    """The exercise with this id; a KeyError names the nearest one."""
+    import difflib
+
+    exercises = all_exercises()
+    if exercise_id not in exercises:
+        near = difflib.get_close_matches(exercise_id, exercises, n=1, cutoff=0.0)
+        raise KeyError(
+            f"there is no exercise {exercise_id!r}; the nearest is {near[0]}" if near else "no exercises"
+        )
+    return exercises[exercise_id]
+
+
+def same_value(a: Any, b: Any, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
+    """Whether two results are the same: tensors by shape and value, containers item by item."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or a.shape != b.shape:
+            return False
+        a, b = a.detach(), b.detach()
+        if not (a.is_floating_point() or b.is_floating_point()):
+            return bool((a == b).all())
+        return torch.allclose(a.double(), b.double(), rtol, atol, equal_nan=True)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_value(a[key], b[key], atol, rtol) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same_value(x, y, atol, rtol) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) or isinstance(b, float):
+        try:
+            return same_value(torch.tensor(float(a)).double(), torch.tensor(float(b)).double(), atol, rtol)
+        except (TypeError, ValueError):
+            return False
+    try:
+        return bool(a == b)
+    except Exception:  # an object of the learner's whose == does not give a truth value
+        return False

@@ -1,0 +1,66 @@
+"""Is an exercise's cell still the stub as it came? Compared by syntax, so white space does not count."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import linecache
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.checks.notebook import Cell, definitions, find_home, notebook_of
+from tutorial_lib.nb.exercises import stub_digest
+
+__all__ = ["is_untouched", "is_untouched_object", "top_level_source"]
+
+
+@cache
+def _manifest() -> dict[str, dict[str, Any]]:
+    home = find_home()
+    try:
+        text = (home / "exercises" / "manifest.json").read_text(encoding="utf-8")  # type: ignore[operator]
+        return json.loads(text)["notebooks"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # without it, a stub is still known by its NotImplementedError
+
+
+def top_level_source(cells: list[Cell], symbol: str) -> str | None:
+    """The source of the last definition of `symbol` in the cells."""
+    for cell in reversed(cells):
+        try:
+            found = [s for s in definitions(cell) if getattr(s, "name", None) == symbol]
+        except SyntaxError:
+            if symbol in cell.source:
+                return None
+            continue
+        if found:
+            return ast.get_source_segment(cell.source, found[-1])
+    return None
+
+
+def is_untouched(symbol: str, source: str | None, notebook: Path) -> bool:
+    """Whether `source` is the stub that `make exercises` wrote for this notebook."""
+    entry = _manifest().get(f"{notebook.parent.name}/{notebook.name}", {})
+    stub = entry.get("stubs", {}).get(symbol)
+    return source is not None and stub is not None and stub_digest(source) == stub
+
+
+def is_untouched_object(lesson: str, symbol: str, learner: Any) -> bool:
+    """The same for a live function or class from a notebook's kernel."""
+    home = find_home()
+    notebook = notebook_of(lesson, home / "solutions") if home else None
+    source = _live_source(learner, symbol)
+    return notebook is not None and is_untouched(symbol, source, notebook)
+
+
+def _live_source(learner: Any, symbol: str) -> str | None:
+    # inspect.getsource cannot find a class of a notebook before Python 3.13; any of its methods knows its cell.
+    functions = [learner, *vars(learner).values()] if isinstance(learner, type) else [learner]
+    for function in functions:
+        code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
+        if code is not None:
+            lines = linecache.getlines(code.co_filename)
+            return top_level_source([Cell(0, "".join(lines))], symbol) if lines else None
+    return None
