@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from nbformat import v4
 
 from tutorial_lib.nb import export
-from tutorial_lib.nb.graph import ROOT
 from tutorial_lib.nb.normalise import dumps
 
 ROPE = "chapters/part_3_modernizing/3_2_rope.ipynb"
@@ -296,8 +293,5 @@ def test_a_later_lesson_may_not_be_imported(root: Path, capsys) -> None:
     refused(root, capsys, NORMS, "core.norms (3.1) → core.rope (3.2)", "later lesson", "plug it in")
 
 
-def test_the_real_package_agrees_with_its_lessons() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tutorial_lib.nb.export", "--check"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_real_package_agrees_with_its_lessons(capsys) -> None:
+    assert export.main(["--check"]) == 0, "".join(capsys.readouterr())

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat import NotebookNode, v4
 
-from tutorial_lib.nb.graph import ROOT
 from tutorial_lib.nb.normalise import TREES, dumps, execute, main, normalise, read_notebook, setup_source
 
 STATE = "application/vnd.jupyter.widget-state+json"
@@ -198,6 +195,7 @@ def test_what_cannot_be_normalised_is_one_sentence(root: Path, capsys) -> None:
     assert "only chapters/ are executed" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # starts two kernels
 def test_execute_stores_outputs_and_a_failure_writes_nothing(root: Path) -> None:
     cells = [v4.new_code_cell("import os\nprint(os.path.basename(os.getcwd()))"), v4.new_code_cell("6 * 7")]
     path = write(root / "chapters/part_1/1_1_x.ipynb", v4.new_notebook(cells=cells))
@@ -214,11 +212,5 @@ def test_execute_stores_outputs_and_a_failure_writes_nothing(root: Path) -> None
     assert path.read_text() == before
 
 
-def test_the_real_notebooks_are_in_normal_form() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tutorial_lib.nb.normalise", "--check"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_real_notebooks_are_in_normal_form(capsys) -> None:
+    assert main(["--check"]) == 0, "".join(capsys.readouterr())

@@ -21,6 +21,10 @@ def _count(result: Result) -> str:
     return f"all {n} probes pass" if passed == n else f"{passed} of {n} probes pass"
 
 
+def _full_stop(sentence: str) -> str:
+    return sentence if sentence.endswith((".", "?", "!")) else sentence + "."
+
+
 def as_text(result: Result, verbose: bool = False) -> str:
     """A few lines of plain text."""
     lines = [f"{SYMBOLS[result.status]} {result.id}  {result.symbol}".ljust(52) + _count(result)]
@@ -35,7 +39,7 @@ def as_text(result: Result, verbose: bool = False) -> str:
     failed = [name for name, state in result.probes.items() if state == "failed"]
     if result.status == "crashed":
         at = f" (while checking: {failed[0]})" if failed else ""
-        lines.append(f"  ! It could not be run to the end{at}: {result.sentence}.")
+        lines.append(f"  ! It could not be run to the end{at}: {_full_stop(result.sentence)}")
     elif failed:
         lines.append(f"  ✗ {failed[0]}: {result.sentence}")
     width = max(map(len, result.table), default=0)
@@ -58,7 +62,8 @@ def as_html(result: Result) -> str:
     colour = COLOURS[result.status]
     e = html.escape
     rows = [
-        f'<div style="font-weight:600"><span style="color:{colour}">{SYMBOLS[result.status]} {e(result.id)}</span>'
+        f'<div style="font-weight:600">'
+        f'<span style="color:{colour}">{SYMBOLS[result.status]} {e(result.id)}</span>'
         f" &nbsp;<code>{e(result.symbol)}</code>"
         f'<span style="float:right;font-weight:400">{e(_count(result))}</span></div>'
     ]
@@ -73,7 +78,7 @@ def as_html(result: Result) -> str:
         )
         rows.append(f'<div style="font-size:90%">{marks}</div>')
     if result.status == "crashed":
-        rows.append(f"<div>It could not be run to the end: {e(result.sentence)}.</div>")
+        rows.append(f"<div>It could not be run to the end: {e(_full_stop(result.sentence))}</div>")
     elif result.status == "wrong":
         rows.append(f"<div>{e(result.sentence)}</div>")
     if result.table:

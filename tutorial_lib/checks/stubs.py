@@ -56,7 +56,7 @@ def is_untouched_object(lesson: str, symbol: str, learner: Any) -> bool:
 
 
 def _live_source(learner: Any, symbol: str) -> str | None:
-    # inspect.getsource cannot find a class of a notebook before Python 3.13; any of its methods knows its cell.
+    # inspect.getsource cannot find a notebook's class before Python 3.13; its methods know their cell.
     functions = [learner, *vars(learner).values()] if isinstance(learner, type) else [learner]
     for function in functions:
         code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)

@@ -79,53 +79,49 @@ def collect(root: Path, problems: list[str]) -> dict[str, list[Cell]]:
             found, source = directives(cell.source)
             if re.search(r"^#\s*\|\s*(export|default_exp)\b", source, re.MULTILINE):
                 problems.append(f"{here}: a directive stands below code: move it to the top of the cell.")
+            # default_exp first: it may stand below `#| export` in the same cell.
             for name, argument in sorted(found, key=lambda one: one[0] != "default_exp"):
-                if name not in ("default_exp", "export"):
-                    problems.append(f"{here}: `#| {name}` is unknown: use default_exp or export.")
-                    continue
-                module = argument or (default if name == "export" else "")
-                if not module:
-                    need = "give it a module" if name == "default_exp" else "put `#| default_exp …` before it"
-                    problems.append(f"{here}: `#| {name}` has no module: {need}.")
-                    continue
-                if wrong := _wrong_target(module, root):
-                    problems.append(f"{here}: `{module}` {wrong}.")
-                    continue
-                if name == "default_exp":
-                    if default:
-                        problems.append(f"{here}: a second `#| default_exp`: keep one a notebook.")
-                    default = module
-                first = owner.setdefault(module, notebook)
-                if first != notebook:
-                    problems.append(
-                        f"{path_of(module)} is claimed by both {first} and {notebook}: keep its exports "
-                        "in one of them."
-                    )
-                elif name == "export":
-                    if not graph.lesson_of(notebook):
-                        problems.append(f"{notebook}: name it part_lesson_title, like 3_2_rope.ipynb.")
-                    try:
-                        exported = Cell(notebook, number, source, ast.parse(source))
-                    except SyntaxError as error:
+                try:
+                    module = _target(name, argument, default, root)
+                    default = module if name == "default_exp" else default
+                    if (first := owner.setdefault(module, notebook)) != notebook:
                         problems.append(
-                            f"{here}, line {error.lineno}: an exported cell must be plain Python "
-                            f"({error.msg}): mend it, or take `#| export` away."
+                            f"{path_of(module)} is claimed by both {first} and {notebook}: keep its exports "
+                            "in one of them."
                         )
-                    else:
+                    elif name == "export":
+                        exported = Cell(notebook, number, source, ast.parse(source))
                         modules.setdefault(module, []).append(exported)
+                        if not graph.lesson_of(notebook):
+                            problems.append(f"{notebook}: name it part_lesson_title, like 3_2_rope.ipynb.")
+                except SyntaxError as error:
+                    problems.append(
+                        f"{here}, line {error.lineno}: an exported cell must be plain Python ({error.msg}): "
+                        "mend it, or take `#| export` away."
+                    )
+                except ValueError as error:
+                    problems.append(f"{here}: {error}.")
     problems[:] = dict.fromkeys(problems)
     return modules
 
 
-def _wrong_target(module: str, root: Path) -> str | None:
+def _target(name: str, argument: str, default: str | None, root: Path) -> str:
+    """The module that a directive means. A ValueError says what is wrong with it, and the mend."""
+    if name not in ("default_exp", "export"):
+        raise ValueError(f"`#| {name}` is unknown: use default_exp or export")
+    if name == "default_exp" and default:
+        raise ValueError("a second `#| default_exp`: keep one a notebook")
+    module = argument or (default if name == "export" else None)
+    if not module:
+        raise ValueError(f"`#| {name}` has no module: write `#| default_exp core.rope` here or above")
     parts = module.split(".")
     if not all(part.isidentifier() and not keyword.iskeyword(part) for part in parts) or "__init__" in parts:
-        return "is not a dotted module name: write it like core.rope"
+        raise ValueError(f"`{module}` is not a dotted module name: write it like core.rope")
     if parts[0] == graph.PACKAGE:
-        return f"already lies in {graph.PACKAGE}: leave that prefix out"
+        raise ValueError(f"`{module}` already lies in {graph.PACKAGE}: leave that prefix out")
     if (root / graph.PACKAGE).joinpath(*parts).is_dir():
-        return f"is a folder, {graph.PACKAGE}/{'/'.join(parts)}: choose a module in it"
-    return None
+        raise ValueError(f"`{module}` is a folder: choose a module in it, like {module}.rope")
+    return module
 
 
 # ── From exported cells to a module ──────────────────────────────────────────────────────────────────────
@@ -195,7 +191,7 @@ def compose(module: str, cells: list[Cell], problems: list[str]) -> str:
                 if any("overload" in ast.unparse(d) for d in decorators):
                     names = []  # typing.overload: the definition proper is still to come
                 for name in names:
-                    if name in seen:
+                    if name in seen and name != "_":  # `def _` is singledispatch's idiom
                         problems.append(
                             f"`{name}` is defined twice in {path_of(module)}, by {seen[name]} and by "
                             f"{cell.at(first)}: export only the final version."
@@ -270,6 +266,7 @@ def polish(
 
 def plan(root: Path) -> tuple[dict[str, str], dict[str, str], list[str]]:
     """(what the lessons export, what the package holds, what is wrong): two `{path: text}` and sentences."""
+    root = root.resolve()
     problems: list[str] = []
     package = graph.read_package(root)
     modules = collect(root, problems)
@@ -308,7 +305,8 @@ def drift(path: str, new: str, root: Path) -> str:
     old = file.read_text(encoding="utf-8")
     pairs = zip_longest(old.split("\n"), new.split("\n"))
     line = next(i for i, (a, b) in enumerate(pairs, 1) if a != b)
-    if file.stat().st_mtime > (root / source).stat().st_mtime:
+    # A minute of grace: a fresh clone writes both at about the same time.
+    if file.stat().st_mtime > (root / source).stat().st_mtime + 60:
         return (
             f"{path} differs from {source}, first in line {line}, and is the newer of the two, so it looks "
             "edited by hand: make the change in the notebook, then run make export."
@@ -326,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a module differs")
     parser.add_argument("--root", type=Path, default=graph.ROOT, help="the repository (default: this one)")
     args = parser.parse_args(argv)
-    root = args.root.resolve()
+    root: Path = args.root
     try:
         new, package, problems = plan(root)
     except ValueError as error:
