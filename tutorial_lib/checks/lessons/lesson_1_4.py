@@ -44,8 +44,8 @@ EXERCISES = [
             Misconception(
                 "reshape without transpose",
                 _reshape_only,
-                "The shape is right, but a plain reshape to (B, H, T, C) hands each head a run of whole tokens; "
-                "split the channels first, then swap time and heads.",
+                "The shape is right, but a plain reshape to (B, H, T, C) hands each head a run of "
+                "whole tokens; split the channels first, then swap time and heads.",
             ),
             Misconception(
                 "interleaved channels",

@@ -1,0 +1,121 @@
+"""The grader is tested harder than the learner: every exercise, its solution, stub, misconceptions, mutants."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tutorial_lib.checks.grade import Result, grade
+from tutorial_lib.checks.mutate import mutants
+from tutorial_lib.checks.notebook import code_cells, notebook_of, statements
+from tutorial_lib.checks.sandbox import grade_cells, grade_notebook
+from tutorial_lib.checks.spec import Exercise, all_exercises
+from tutorial_lib.checks.stubs import top_level_source
+
+ROOT = Path(__file__).resolve().parents[1]
+EXERCISES = list(all_exercises().values())
+each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=[e.id for e in EXERCISES])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # grading forks
+
+
+def notebook(exercise: Exercise, tree: str) -> Path:
+    path = notebook_of(exercise.lesson, ROOT / tree)
+    assert path is not None, f"lesson {exercise.lesson} has no notebook in {tree}/"
+    return path
+
+
+@each_exercise
+def test_the_solution_passes(exercise: Exercise):
+    [result] = grade_notebook(notebook(exercise, "solutions"), [exercise])
+    assert result.passed, repr(result)
+
+
+@each_exercise
+def test_the_reference_passes(exercise: Exercise):
+    result = grade(exercise, exercise.reference)
+    assert result.passed, repr(result)
+
+
+@each_exercise
+def test_the_stub_is_not_started(exercise: Exercise):
+    [result] = grade_notebook(notebook(exercise, "exercises"), [exercise])
+    assert result.status == "not started", repr(result)
+
+
+@each_exercise
+def test_every_misconception_is_rejected_and_named(exercise: Exercise):
+    assert 3 <= len(exercise.misconceptions) <= 8
+    for misconception in exercise.misconceptions:
+        result = grade(exercise, misconception.wrong)
+        assert result.status == "wrong", f"{misconception.name}: {result!r}"
+        assert result.diagnosis == misconception.name, f"{misconception.name}: {result!r}"
+        assert misconception.sentence in repr(result)
+
+
+@each_exercise
+def test_the_text_is_complete(exercise: Exercise):
+    path = notebook(exercise, "solutions")
+    statement = statements(path)[exercise.id]
+    assert len(statement.hints) == 3 and all(statement.hints)
+    assert 1 <= statement.stars <= 3 and statement.minutes > 0 and statement.importance
+    sources = [cell.source for cell in code_cells(path)]
+    assert any(f'check("{exercise.id}", {exercise.symbol})' in source for source in sources)
+    chapter = json.loads(notebook(exercise, "chapters").read_text(encoding="utf-8"))
+    text = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
+    headings = [h.strip() for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    assert exercise.look_again in headings, f"no such heading in the lesson: {exercise.look_again!r}"
+
+
+def test_every_lesson_has_at_least_two_exercises():
+    for path in sorted((ROOT / "chapters").glob("part_*/*.ipynb")):
+        part, lesson = path.name.split("_")[:2]
+        mine = [e for e in EXERCISES if e.lesson == f"{part}.{lesson}"]
+        assert len(mine) >= 2, f"{path.name} has {len(mine)} exercises"
+        stated = set(statements(ROOT / "solutions" / path.relative_to(ROOT / "chapters")))
+        assert stated == {e.id for e in mine}, "the notebook and the checker disagree"
+
+
+@each_exercise
+def test_mutants_of_the_solution_are_killed(exercise: Exercise, record_property):
+    cells = code_cells(notebook(exercise, "solutions"))
+    source = top_level_source(cells, exercise.symbol)
+    assert source is not None
+    killed, survivors = 0, []
+    for mutant in mutants(source):
+        if _grade_mutant(exercise, cells, mutant.source).passed:
+            survivors.append(mutant.description)
+        else:
+            killed += 1
+    rate = killed / max(1, killed + len(survivors))
+    print(
+        f"\n{exercise.id} {exercise.symbol}: {killed} of {killed + len(survivors)} mutants killed ({rate:.0%})"
+    )
+    for survivor in survivors:
+        print(f"  survived: {survivor}: {exercise.equivalent_mutants.get(survivor, 'NOT EXPLAINED')}")
+    unexplained = [s for s in survivors if s not in exercise.equivalent_mutants]
+    stale = [s for s in exercise.equivalent_mutants if s not in survivors]
+    assert not unexplained, f"let through: {unexplained}"
+    assert not stale, f"listed as equivalent, but killed or gone: {stale}"
+
+
+def _grade_mutant(exercise: Exercise, cells, source: str) -> Result:
+    """The solution's cells, with the definition replaced by the mutant (in this process: thousands of them)."""
+    from tutorial_lib.checks import sandbox
+    from tutorial_lib.checks.notebook import Cell
+
+    seconds, sandbox.SECONDS = sandbox.SECONDS, 2.0
+    try:
+        number = max(c.number for c in cells) + 1
+        ast.parse(source)
+        return grade_cells(exercise, [*cells, Cell(number, source)])
+    finally:
+        sandbox.SECONDS = seconds
