@@ -1,4 +1,4 @@
-"""The grader is tested harder than the learner: every exercise, its solution, stub, misconceptions, mutants."""
+"""The grader is tested harder than the learner: solutions, stubs, misconceptions, mutants of every exercise."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def execute(path: Path, root: Path = ROOT) -> str:
     def tick(cell: NotebookNode, cell_index: int) -> None:
         started[cell_index] = time.perf_counter()
 
-    def tock(cell: NotebookNode, cell_index: int) -> None:
+    def tock(cell: NotebookNode, cell_index: int, execute_reply: dict) -> None:
         took[cell_index] = time.perf_counter() - started[cell_index]
 
     client = NotebookClient(
@@ -210,7 +210,7 @@ def execute(path: Path, root: Path = ROOT) -> str:
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
         on_cell_start=tick,
-        on_cell_complete=tock,
+        on_cell_executed=tock,  # not on_cell_complete, which comes before the reply
     )
     begin = time.perf_counter()
     try:

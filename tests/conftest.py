@@ -1,0 +1,20 @@
+"""What all tests share: the kill rate of the mutants is printed at the end of a run."""
+
+from __future__ import annotations
+
+
+def pytest_terminal_summary(terminalreporter):
+    rows = []
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                rows += [value for name, value in report.user_properties if name == "mutants"]
+    if rows:
+        killed, survived = sum(r[1] for r in rows), sum(r[2] for r in rows)
+        terminalreporter.section("mutants of the solutions")
+        for exercise, dead, alive in sorted(rows):
+            terminalreporter.line(f"  {exercise}  {dead:>3} of {dead + alive:>3} killed")
+        rate = killed / max(1, killed + survived)
+        terminalreporter.line(
+            f"  all    {killed} of {killed + survived} killed ({rate:.1%}); survivors are listed as equivalent"
+        )
