@@ -15,6 +15,5 @@ def pytest_terminal_summary(terminalreporter):
         for exercise, dead, alive in sorted(rows):
             terminalreporter.line(f"  {exercise}  {dead:>3} of {dead + alive:>3} killed")
         rate = killed / max(1, killed + survived)
-        terminalreporter.line(
-            f"  all    {killed} of {killed + survived} killed ({rate:.1%}); survivors are listed as equivalent"
-        )
+        total = f"{killed} of {killed + survived} killed ({rate:.1%})"
+        terminalreporter.line(f"  all    {total}; the survivors are listed as equivalent")

@@ -1,4 +1,4 @@
-"""The grader is tested harder than the learner: solutions, stubs, misconceptions, mutants of every exercise."""
+"""The grader is tested harder than the learner: solution, stub, misconceptions, mutants of each exercise."""
 
 from __future__ import annotations
 
@@ -95,10 +95,7 @@ def test_mutants_of_the_solution_are_killed(exercise: Exercise, record_property)
             survivors.append(mutant.description)
         else:
             killed += 1
-    rate = killed / max(1, killed + len(survivors))
-    print(
-        f"\n{exercise.id} {exercise.symbol}: {killed} of {killed + len(survivors)} mutants killed ({rate:.0%})"
-    )
+    record_property("mutants", (exercise.id, killed, len(survivors)))
     for survivor in survivors:
         print(f"  survived: {survivor}: {exercise.equivalent_mutants.get(survivor, 'NOT EXPLAINED')}")
     unexplained = [s for s in survivors if s not in exercise.equivalent_mutants]
@@ -108,7 +105,7 @@ def test_mutants_of_the_solution_are_killed(exercise: Exercise, record_property)
 
 
 def _grade_mutant(exercise: Exercise, cells, source: str) -> Result:
-    """The solution's cells, with the definition replaced by the mutant (in this process: thousands of them)."""
+    """The solution's cells, with the definition replaced by the mutant; in this process, for speed."""
     from tutorial_lib.checks import sandbox
     from tutorial_lib.checks.notebook import Cell
 
