@@ -1,0 +1,94 @@
+"""Checkpoints: exact round trip; whatever is wrong with a file is said in one sentence; no code ever runs."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tutorial_lib.core.gpt import GPT, GPTConfig
+from tutorial_lib.train.checkpoint import CheckpointError, load_model, save_model
+
+SMALL = {"vocab_size": 50, "max_seq_len": 16, "d_model": 32, "n_heads": 2, "n_layers": 2}
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_round_trip_is_exact(tmp_path, tie):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL, tie_embeddings=tie)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    path = save_model(tmp_path / "a" / "m.safetensors", model, {"step": 7})
+    again, about = load_model(path)
+    ids = torch.randint(0, 50, (2, 16))
+    assert about == {"step": 7} and again.config == model.config and not again.training
+    assert torch.equal(again(ids), model(ids))
+    assert (again.head.weight is again.tokens.weight) == tie
+
+
+@pytest.fixture
+def good(tmp_path):
+    return save_model(tmp_path / "good.safetensors", GPT(GPTConfig(**SMALL)))
+
+
+def sentence(path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_model(path)
+    return str(error.value)
+
+
+def test_a_missing_file_names_the_nearest(good):
+    assert "beside it there is good.safetensors" in sentence(good.with_name("best.safetensors"))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 5000])
+def test_a_cut_file(good, keep):
+    good.write_bytes(good.read_bytes()[:keep])
+    assert "not a safetensors file, or was cut short" in sentence(good)
+
+
+def test_a_pickle_is_never_opened(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(ran), "w"))
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Hostile()))
+    assert "not a safetensors file" in sentence(path)
+    assert not ran.exists()
+
+
+def test_wrong_tensors_are_named(good, tmp_path):
+    from safetensors import safe_open
+
+    with safe_open(good, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(good)
+    shape = dict(tensors, **{"norm.weight": torch.ones(3)})
+    save_file(shape, tmp_path / "shape.safetensors", metadata=header)
+    assert "'norm.weight' has shape (3,), the model needs (32,)" in sentence(tmp_path / "shape.safetensors")
+    lost = {name: tensor for name, tensor in tensors.items() if name != "norm.weight"}
+    save_file(lost, tmp_path / "lost.safetensors", metadata=header)
+    assert "'norm.weight' is missing" in sentence(tmp_path / "lost.safetensors")
+    save_file(tensors, tmp_path / "bare.safetensors")
+    assert "no usable model configuration" in sentence(tmp_path / "bare.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_file(good, monkeypatch):
+    import tutorial_lib.train.checkpoint as module
+
+    before = good.read_bytes()
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(good, GPT(GPTConfig(**SMALL)))
+    assert good.read_bytes() == before
+    assert [p.name for p in good.parent.iterdir()] == ["good.safetensors"]
