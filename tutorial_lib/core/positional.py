@@ -1,14 +1,18 @@
+# Exported from chapters/part_1_core_transformer/1_1_positional_embeddings.ipynb.
+# Edit the lesson, then run: make export
 """Where is each token? Two tables of position vectors, one computed and one learned."""
 
 import torch
 from torch import Tensor, nn
+
+__all__ = ["sinusoidal_table", "SinusoidalPositionalEmbedding", "LearnedPositionalEmbedding"]
 
 
 def sinusoidal_table(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
     """The fixed position vectors of "Attention Is All You Need", section 3.5.
 
     Columns come in pairs `(2i, 2i+1)`: the sine and the cosine of `position · base^(-2i / d_model)`, one
-    clock hand per pair, from one turn every 2π tokens to one turn every 2π · base tokens.
+    clock hand per pair. The fastest goes round once in 2π tokens, the slowest in almost 2π · base.
 
     Returns:
         A float tensor of shape `(max_seq_len, d_model)`.
@@ -25,11 +29,17 @@ def sinusoidal_table(max_seq_len: int, d_model: int, base: float = 10_000.0) -> 
 
 
 def _check_positions(positions: Tensor, max_seq_len: int) -> None:
-    if positions.numel() and int(positions.max()) >= max_seq_len:
+    # A compiled graph cannot stop to look at a number, so it goes without this check.
+    if torch.compiler.is_compiling() or not positions.numel():
+        return
+    lowest, highest = (int(bound) for bound in positions.aminmax())
+    if highest >= max_seq_len:
         raise IndexError(
-            f"position {int(positions.max())} is past the table of {max_seq_len}: "
+            f"position {highest} is past the table of {max_seq_len}: "
             "shorten the sequence or build the model with a larger max_seq_len"
         )
+    if lowest < 0:  # Python would count it from the table's end, and say nothing
+        raise IndexError(f"position {lowest} is negative: positions start at 0")
 
 
 class SinusoidalPositionalEmbedding(nn.Module):
@@ -38,10 +48,15 @@ class SinusoidalPositionalEmbedding(nn.Module):
     def __init__(self, max_seq_len: int, d_model: int, base: float = 10_000.0) -> None:
         super().__init__()
         self.max_seq_len = max_seq_len
+        # A buffer follows .to(device), and the optimizer leaves it alone.
         self.register_buffer("table", sinusoidal_table(max_seq_len, d_model, base), persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Positions `(..., T)` of integers in, vectors `(..., T, d_model)` out."""
+        """Positions `(..., T)` of integers in, vectors `(..., T, d_model)` out.
+
+        Raises:
+            IndexError: if a position is negative or past the table.
+        """
         _check_positions(positions, self.max_seq_len)
         return self.table[positions]
 
@@ -55,6 +70,10 @@ class LearnedPositionalEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(max_seq_len, d_model) * 0.02)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Positions `(..., T)` of integers in, vectors `(..., T, d_model)` out."""
+        """Positions `(..., T)` of integers in, vectors `(..., T, d_model)` out.
+
+        Raises:
+            IndexError: if a position is negative or past the table.
+        """
         _check_positions(positions, self.max_seq_len)
         return self.weight[positions]
