@@ -16,6 +16,8 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from queue import Empty
+from typing import Any
 
 import nbformat
 from nbformat import NotebookNode
@@ -186,6 +188,26 @@ def dumps(nb: NotebookNode) -> str:
     return nbformat.v4.writes(nb, indent=1, ensure_ascii=False).rstrip("\n") + "\n"
 
 
+def _look_again(channel: Any) -> None:
+    """Make the kernel's shell channel look for replies five times a second, and not only when it is woken.
+
+    A lesson with `interact` makes nbclient send widget messages on the very socket on which it waits for the
+    cell's reply. Now and then that swallows the wake-up, and the finished cell waits for its whole timeout.
+    """
+    once = channel.get_msg
+
+    async def get_msg(timeout: float | None = None) -> dict[str, Any]:
+        deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while True:
+            try:
+                return await once(timeout=max(0.0, min(0.2, deadline - time.monotonic())))
+            except Empty:
+                if time.monotonic() >= deadline:
+                    raise
+
+    channel.get_msg = get_msg
+
+
 def execute(path: Path, root: Path = ROOT) -> str:
     """Run a lesson, store its normalised outputs, and return one line: seconds, size, slowest cells."""
     from nbclient import NotebookClient
@@ -209,6 +231,7 @@ def execute(path: Path, root: Path = ROOT) -> str:
         timeout=CELL_TIMEOUT,
         kernel_name="python3",
         resources={"metadata": {"path": str(path.parent)}},
+        on_notebook_start=lambda notebook: _look_again(client.kc.shell_channel),
         on_cell_start=tick,
         on_cell_executed=tock,  # not on_cell_complete, which comes before the reply
     )
