@@ -102,7 +102,7 @@ def test_hostile_code_becomes_one_sentence(tmp_path, monkeypatch, name):
 def test_a_deleted_import_is_said(tmp_path):
     result = graded(tmp_path, "def split_heads(x, n):\n    return torch.zeros(3)", imports="pass")
     assert result.status == "crashed"
-    assert "'torch' is not defined" in result.sentence and "import at the top" in result.sentence
+    assert "'torch' is not defined" in result.sentence and "import cell at the top" in result.sentence
 
 
 def test_the_others_are_graded_all_the_same(tmp_path, monkeypatch):

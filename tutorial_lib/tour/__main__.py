@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         story = run(recipe, args.dataset, folder, args.seed, console)
         report = write_report(story, folder)
+    except KeyboardInterrupt:
+        console.print("Stopped before training began: nothing was trained.")
+        return 130
     except (CorpusError, ValueError, OSError) as error:
         console.print(f"[bold red]The tour stopped:[/] {error}", highlight=False, soft_wrap=True)
         return 1

@@ -56,7 +56,7 @@ def loss_picture(story: Story) -> Figure:
     if story.dataset != "shakespeare":
         ax.set_title("Learning")
     lowest = min([*losses, *levels.values()])
-    ax.set_ylim(max(0.0, lowest - 0.15), 4.0)
+    ax.set_ylim(max(0.0, lowest - 0.15), 4.0 if losses[-1] < 3.0 else 6.0)  # the first fall is steep: cut it
     ax.legend(loc="upper right", bbox_to_anchor=(1.0, 1.0))
     return figure
 
