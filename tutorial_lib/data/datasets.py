@@ -1,3 +1,5 @@
+# Exported from chapters/part_2_training_a_tiny_llm/2_2_batching_and_shift.ipynb.
+# Edit the lesson, then run: make export
 """From one long line of tokens to batches of inputs and labels. The shift by one happens here, only here."""
 
 import os
@@ -8,27 +10,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["write_tokens", "open_tokens", "TokenWindows", "random_batches"]
+
 
 def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray, vocab_size: int) -> Path:
     """Write token ids as a `.npy` file in the smallest unsigned type that holds `vocab_size`.
 
     The file appears whole or not at all (written beside, then renamed).
+
+    Args:
+        ids: One line of integers; `bytes` are taken as the ids 0 to 255.
+
+    Raises:
+        ValueError: if an id is outside the vocabulary, or `ids` is not one line of integers.
     """
     path = Path(path)
-    ids = np.asarray(ids)
+    # numpy would take bytes for one string.
+    ids = np.frombuffer(ids, np.uint8) if isinstance(ids, (bytes, bytearray)) else np.asarray(ids)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise ValueError(f"token ids are one line of integers, not {ids.dtype} of shape {ids.shape}")
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = ids.max() if ids.max() >= vocab_size else ids.min()
         raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}: wrong tokenizer?")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
-        np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1)), allow_pickle=False)
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1)), allow_pickle=False)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)  # still there only if something failed
     return path
 
 
 def open_tokens(path: str | Path) -> np.ndarray:
-    """Map a token file into memory: the system reads the pages that are touched, when they are touched."""
+    """Map a token file into memory: the system reads the pages that are touched, when they are touched.
+
+    Raises:
+        ValueError: if the file holds anything but one line of integers.
+    """
     tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, not a line of token ids")
@@ -43,19 +63,26 @@ class TokenWindows(torch.utils.data.Dataset):
     Args:
         tokens: A one-dimensional array of ids; a memory map is read window by window.
         seq_len: T, how many tokens the model sees at once.
-        stride: Distance between the starts of two windows. `seq_len` (the default) uses every token
-            as a label once; 1 gives every window there is.
+        stride: Distance between the starts of two windows. `seq_len` (the default) makes every token a
+            label once, but for the very first and for a rest at the end that fills no window; 1 gives
+            every window there is.
+
+    Raises:
+        ValueError: if the tokens do not fill one window, or a length is not positive.
     """
 
     def __init__(self, tokens: np.ndarray, seq_len: int, stride: int | None = None) -> None:
+        stride = seq_len if stride is None else stride
+        if seq_len < 1 or stride < 1:
+            raise ValueError(f"seq_len {seq_len} and stride {stride} must be at least 1")
         if len(tokens) < seq_len + 1:
             raise ValueError(
                 f"{len(tokens)} tokens are too few for one window: seq_len {seq_len} needs {seq_len + 1}"
             )
-        self.tokens, self.seq_len = tokens, seq_len
-        self.stride = seq_len if stride is None else stride
+        self.tokens, self.seq_len, self.stride = tokens, seq_len, stride
 
     def __len__(self) -> int:
+        # A window reads T + 1 tokens: T inputs and the label of the last one.
         return (len(self.tokens) - self.seq_len - 1) // self.stride + 1
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
@@ -63,8 +90,10 @@ class TokenWindows(torch.utils.data.Dataset):
         if not -len(self) <= i < len(self):
             raise IndexError(f"window {i} of {len(self)}")
         start = (i % len(self)) * self.stride
+        # Slice first, convert afterwards: only these tokens leave the disk.
         window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))  # (T+1,)
-        return window[:-1], window[1:]
+        # The clone gives the labels memory of their own: -100 written into them must not reach the inputs.
+        return window[:-1], window[1:].clone()
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Several windows: inputs `(B, T)` and labels `(B, T)`."""
