@@ -40,6 +40,9 @@ $(STAMP): requirements.txt pyproject.toml
 	UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(PY) \
 	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -r requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(PY) --no-deps --editable .
+	@# nbgrader is here for one preprocessor; its menu in JupyterLab would only puzzle a learner.
+	@mkdir -p $(VENV)/etc/jupyter/labconfig
+	@echo '{"disabledExtensions": {"@jupyter/nbgrader": true}}' > $(VENV)/etc/jupyter/labconfig/page_config.json
 	@touch $@
 
 tour: setup ## train a Transformer on Shakespeare, see runs/tour/report.html

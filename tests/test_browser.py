@@ -79,6 +79,9 @@ def move_the_slider(page, address: str, token: str) -> None:
     page.goto(url, timeout=90_000, wait_until="domcontentloaded")
     page.wait_for_function("window.jupyterapp !== undefined", timeout=90_000)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
+    # Before its kernel is up, a notebook answers "run all" by asking for a kernel.
+    kernel = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
+    page.wait_for_function(f"{kernel}?.status === 'idle'", timeout=120_000)
     # In braces, so that nothing is returned and nothing waited for: running all cells takes a while.
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     slider = page.locator(".widget-slider", has_text=re.compile("^temperature")).first
