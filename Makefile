@@ -37,7 +37,7 @@ $(STAMP): requirements.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make setup PYTHON=python3.12")' || { rm -rf $(VENV); exit 1; }
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv
-	UV_FIND_LINKS="$(FIND_LINKS)" $(BIN)/uv pip install --quiet --python $(PY) \
+	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$(FIND_LINKS)}" $(BIN)/uv pip install --quiet --python $(PY) \
 	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -r requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(PY) --no-deps --editable .
 	@# nbgrader is here for one preprocessor; its menu in JupyterLab would only puzzle a learner.
@@ -49,12 +49,13 @@ tour: setup ## train a Transformer on Shakespeare, see runs/tour/report.html
 	$(PY) -m tutorial_lib.tour
 
 test: setup ## every test, and every notebook through nbval
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile tests
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal --durations 12 tests
 	$(MAKE) --no-print-directory test-notebooks
 
 test-fast: setup ## the tests that take seconds
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not browser" tests
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not browser" tests
 
+# loadfile: without it, the cells of one notebook land in two kernels.
 test-notebooks: setup ## every lesson and solution, run from top to bottom by nbval
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 120 -p no:cacheprovider chapters solutions
