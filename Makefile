@@ -36,6 +36,7 @@ setup: $(STAMP) ## make .venv and install the locked requirements (quick when no
 $(STAMP): requirements.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} found, 3.10 to 3.13 needed: make setup PYTHON=python3.12")' || { rm -rf $(VENV); exit 1; }
+	@echo "Setting up $(VENV) with the locked packages (once; a minute or so) …"
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$(FIND_LINKS)}" $(BIN)/uv pip install --quiet --python $(PY) \
 	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -r requirements.txt

@@ -1,6 +1,12 @@
-"""What all tests share: the kill rate of the mutants is printed at the end of a run."""
+"""What all tests share: no deadlines for hypothesis, and the kill rate of the mutants at the end of a run."""
 
 from __future__ import annotations
+
+from hypothesis import settings
+
+# Time is reported, never asserted: a slow machine is not a failure.
+settings.register_profile("course", deadline=None)
+settings.load_profile("course")
 
 
 def pytest_terminal_summary(terminalreporter):
