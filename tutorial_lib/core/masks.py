@@ -1,7 +1,11 @@
+# Exported from chapters/part_1_core_transformer/1_2_self_attention_first_principles.ipynb.
+# Edit the lesson, then run: make export
 """Who may look at whom. In every mask of this course, True means "may attend" (PyTorch's meaning)."""
 
 import torch
 from torch import Tensor
+
+__all__ = ["causal_mask"]
 
 
 def causal_mask(n_queries: int, n_keys: int | None = None, device: torch.device | None = None) -> Tensor:
@@ -12,6 +16,9 @@ def causal_mask(n_queries: int, n_keys: int | None = None, device: torch.device 
 
     Returns:
         A bool tensor of shape `(n_queries, n_keys)`.
+
+    Raises:
+        ValueError: if there are fewer keys than queries.
     """
     n_keys = n_queries if n_keys is None else n_keys
     if n_keys < n_queries:
