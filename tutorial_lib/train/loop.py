@@ -1,8 +1,11 @@
+# Exported from chapters/part_2_training_a_tiny_llm/2_4_training_loop.ipynb.
+# Edit the lesson, then run: make export
 """The training loop: one step fits on a screen, and everything else is a callback."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from tutorial_lib.train.losses import lm_loss
 from tutorial_lib.train.optim import decay_groups
 from tutorial_lib.train.sched import warmup_cosine
+
+__all__ = ["TrainConfig", "StepInfo", "Callback", "make_optimizer", "train_step", "train"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class StepInfo:
     """Fraction of the run that is done, 0 to 1."""
 
 
-Callback = Callable[[StepInfo], bool | None]
+Callback: TypeAlias = Callable[[StepInfo], bool | None]
 """Called after every step; returning True ends the run."""
 
 
@@ -90,15 +95,19 @@ def train(
     Args:
         model: Ids `(B, T)` to logits `(B, T, V)`.
         batches: Pairs of inputs and already shifted labels, both `(B, T)`.
-        optimizer: `make_optimizer`'s when None. Each group's own `lr` is its peak.
+        callbacks: All are told of every step, in this order, even when one of them says stop.
+        optimizer: `make_optimizer`'s when None. Each group's own `lr` is its peak. It is kept in the group
+            as `initial_lr` (torch's own name for it), so that training on with the same optimizer, or with
+            one from a checkpoint, does not take the decayed rate for the peak.
         schedule: Progress (0 to 1) to the factor on the peak rate; warm-up and cosine when None.
 
     Returns:
-        What the last step's callbacks were told.
+        What the last step's callbacks were told; None if there was no step.
     """
     optimizer = optimizer or make_optimizer(model, config)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     schedule = schedule or (lambda progress: warmup_cosine(progress, config.warmup, config.lr_floor))
+    callbacks = list(callbacks)  # an iterator would be empty after the first step
     device = next(model.parameters()).device
     stream: Iterator = iter(batches)
     info, tokens, seconds = None, 0, 0.0
@@ -114,7 +123,7 @@ def train(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(progress)
         inputs, labels = (part.to(device) for part in batch)
-        model.train()
+        model.train()  # at every step: a callback may have evaluated the model
         loss, grad_norm = train_step(model, optimizer, inputs, labels, config.grad_clip)
         tokens += labels.numel()
         seconds += time.perf_counter() - began

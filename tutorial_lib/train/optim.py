@@ -1,3 +1,5 @@
+# Exported from chapters/part_2_training_a_tiny_llm/2_4_training_loop.ipynb.
+# Edit the lesson, then run: make export
 """AdamW from its update rule, and which parameters should decay."""
 
 from collections.abc import Callable, Iterable
@@ -5,20 +7,21 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases and norm weights do not (pulling a norm's scale to zero mutes its layer)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+__all__ = ["AdamW", "decay_groups"]
 
 
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
-    Written to be read; `torch.optim.AdamW(..., fused=True)` does the same arithmetic in one kernel.
+    Written to be read; `torch.optim.AdamW(..., fused=True)` does the same arithmetic in one kernel. As there,
+    the decay is multiplied by the learning rate.
+
+    Args:
+        params: Tensors, or groups: dicts with `"params"` and whatever of the rest differs for them.
+        lr: η, roughly how far a weight moves in one step.
+        betas: β₁ and β₂, the memory for the gradient and for its square.
+        eps: ε, keeps a weight without gradient from dividing by zero.
+        weight_decay: λ; each step first multiplies the weights by 1 - lr · weight_decay.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None:  # not part of this loss: no step, no decay, and its own count stands still
                     continue
                 state = self.state[p]
                 if not state:
@@ -56,3 +59,16 @@ class AdamW(torch.optim.Optimizer):
                 v_hat = state["v"] / (1 - beta2 ** state["step"])
                 p.addcdiv_(m_hat, v_hat.sqrt().add_(group["eps"]), value=-group["lr"])
         return loss
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; biases and norm weights do not (pulling a norm's scale to zero mutes its layer).
+
+    Every trainable parameter is in exactly one of the two groups; a tied one (`head.weight`) is there once,
+    since `parameters()` names each tensor once.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
