@@ -82,7 +82,7 @@ def test_metadata_ids_and_counts(root: Path) -> None:
     assert [cell.id for cell in nb.cells][:4] == ["title", "setup", "c03", "c04"]
     assert [dict(cell.metadata) for cell in nb.cells] == [{}, {"tags": ["setup"]}, {"tags": ["keep"]}, {}, {}]
     counts = [cell.execution_count for cell in nb.cells if cell.cell_type == "code"]
-    assert counts == [None] * 3 and nb.cells[2].outputs[-1].execution_count is None
+    assert counts == [None, 2, None] and nb.cells[2].outputs[-1].execution_count == 2
 
 
 def test_ids_stay_when_a_cell_is_inserted_above(root: Path) -> None:

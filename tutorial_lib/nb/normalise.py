@@ -61,12 +61,16 @@ def normalise(nb: NotebookNode, tree: str, root: Path = ROOT) -> NotebookNode:
     keep_outputs = tree not in WITHOUT_OUTPUTS
     _stamp_setup(nb, setup_source(root), learners=tree == "exercises")
     _name_cells(nb.cells)
+    count = 0
     for cell in nb.cells:
         tags = cell.get("metadata", {}).get("tags")
         cell.metadata = NotebookNode(tags=tags) if tags else NotebookNode()
         if cell.cell_type == "code":
-            cell.execution_count = None
-            cell.outputs = _tidy_outputs(cell.get("outputs", [])) if keep_outputs else []
+            count += 1
+            outputs = cell.get("outputs", []) if keep_outputs else []
+            # As "restart and run all" counts; nbval refuses a cell with outputs that has no count.
+            cell.execution_count = count if outputs else None
+            cell.outputs = _tidy_outputs(outputs, count)
     # A widget's state belongs to the outputs: with it, a slider reads well without a kernel.
     widgets = nb.metadata.get("widgets") if keep_outputs else None
     nb.metadata = NotebookNode(
@@ -111,13 +115,13 @@ def _name_cells(cells: list[NotebookNode]) -> None:
         cell.id = name
 
 
-def _tidy_outputs(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Drop counts, and join what the kernel happened to flush in pieces."""
+def _tidy_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
+    """Give results their cell's count, and join what the kernel happened to flush in pieces."""
     tidy: list[NotebookNode] = []
     for output in outputs:
         output.pop("transient", None)
         if "execution_count" in output:
-            output.execution_count = None
+            output.execution_count = count
         last = tidy[-1] if tidy else None
         if last and output.output_type == last.output_type == "stream" and output.name == last.name:
             last.text += output.text
