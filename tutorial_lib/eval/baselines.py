@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import lzma
 
@@ -32,7 +33,7 @@ def bigram(train: np.ndarray, test: np.ndarray, vocab_size: int = 256) -> float:
 
 
 def compressors(train: bytes, test: bytes) -> dict[str, float]:
-    """Bits per byte of `test` under gzip and xz, and under xz when it has read `train` first.
+    """Bits per byte of `test` under gzip, xz and bzip2, and under xz when it has read `train` first.
 
     The last is the fair one to set beside a model that was trained on `train`: the size of both together
     less the size of `train` alone.
@@ -44,6 +45,7 @@ def compressors(train: bytes, test: bytes) -> dict[str, float]:
     sizes = {
         "gzip": len(gzip.compress(test, 9, mtime=0)),
         "xz": xz(test),
+        "bzip2": len(bz2.compress(test)),
         "xz, having read the training text": xz(train + test) - xz(train),
     }
     return {name: 8 * size / len(test) for name, size in sizes.items()}

@@ -134,7 +134,7 @@ def write_report(story: Story, folder: Path) -> Path:
         )
         parts.append(
             "<p>Uniform knows nothing. Unigram and bigram count single bytes and pairs in the training text. "
-            "gzip and xz compress the validation text alone; “having read the training text” gives xz the "
+            "gzip, xz and bzip2 compress the validation text alone; “having read the training text” gives xz the "
             "training text first, which is what the model had.</p>"
         )
     parts.append("<h2>What it writes</h2><div class=samples>")
