@@ -1,3 +1,5 @@
+# Exported from chapters/part_1_core_transformer/1_6_transformer_block.ipynb.
+# Edit the lesson, then run: make export
 """A Transformer block: attention moves information between positions, the MLP works on each."""
 
 from torch import Tensor, nn
@@ -5,6 +7,8 @@ from torch import Tensor, nn
 from tutorial_lib.core.mlp import MLP
 from tutorial_lib.core.multihead import MultiHeadAttention
 from tutorial_lib.core.norms import LayerNorm
+
+__all__ = ["Block"]
 
 
 class Block(nn.Module):

@@ -1,3 +1,5 @@
+# Exported from chapters/part_1_core_transformer/1_6_transformer_block.ipynb.
+# Edit the lesson, then run: make export
 """The GPT-style language model of Parts 1 and 2: tokens in, logits for the next token out."""
 
 import math
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 from tutorial_lib.core.block import Block
 from tutorial_lib.core.norms import LayerNorm
 from tutorial_lib.core.positional import LearnedPositionalEmbedding
+
+__all__ = ["GPTConfig", "GPT"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
-    """Embed tokens and positions, run the blocks, normalise, and score every token of the vocabulary."""
+    """Embed tokens and positions, run the blocks, normalize, and score every token of the vocabulary."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -57,7 +61,8 @@ class GPT(nn.Module):
     def _init_weights(self) -> None:
         """GPT-2's: N(0, 0.02), and the last layer of each branch smaller by √(2·n_layers).
 
-        2·n_layers branches add up in the residual stream; the factor keeps the sum's variance at one.
+        2·n_layers branches add up in the residual stream, and so do their variances; the factor keeps that
+        sum the same at any depth.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
@@ -70,6 +75,11 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Token ids `(B, T)` to logits `(B, T, vocab_size)`: at position t, scores for token t + 1.
+
+        Args:
+            ids: Integers below `vocab_size`.
+            mask: Bool, broadcastable to `(B, n_heads, T, T)`, True = may attend; it further restricts the
+                causal mask (to keep packed documents apart, say).
 
         Raises:
             ValueError: if T exceeds `max_seq_len`.
