@@ -1,3 +1,5 @@
+# Exported from chapters/part_1_core_transformer/1_4_multi_head_attention.ipynb.
+# Edit the lesson, then run: make export
 """Multi-head attention: one wide projection, cut into heads that attend side by side.
 
 Letters: B batch · T time · D model width · H heads · C channels of a head (D = H·C).
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 from tutorial_lib.core.attention import scaled_dot_product_attention
 from tutorial_lib.core.masks import causal_mask
+
+__all__ = ["split_heads", "merge_heads", "MultiHeadAttention"]
 
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -31,6 +35,9 @@ class MultiHeadAttention(nn.Module):
         bias: Whether the projections have one.
         dropout: Probability of dropping an attention weight while training.
         fused: Use torch's fused kernel, which never stores the T×T weights. The result is the same.
+
+    Raises:
+        ValueError: if `n_heads` does not divide `d_model`.
     """
 
     def __init__(
@@ -57,7 +64,7 @@ class MultiHeadAttention(nn.Module):
         if self.causal and (mask is not None or not self.fused):
             causal = causal_mask(x.shape[1], device=x.device)  # (T, T)
             mask = causal if mask is None else mask & causal
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.training else 0.0  # the kernel does not know about .eval()
         if self.fused:
             # is_causal spares the kernel the masked half; a mask of our own already holds the triangle.
             is_causal = self.causal and mask is None
@@ -67,7 +74,7 @@ class MultiHeadAttention(nn.Module):
         else:
             _, weights = scaled_dot_product_attention(q, k, v, mask)  # (B, H, T, T)
             mixed = F.dropout(weights, dropout) @ v
-        return self.out(merge_heads(mixed))  # (B, T, D)
+        return self.out(merge_heads(mixed))  # (B, H, T, C) -> (B, T, D)
 
     def weights(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights `(B, H, T, T)` for `x`, to look at."""
