@@ -1,3 +1,4 @@
+# Exported from chapters/part_2_training_a_tiny_llm/2_5_sampling.ipynb. Edit the lesson, then run: make export
 """Choosing the next token: reshape the distribution, then draw from it.
 
 Each filter takes logits `(..., V)` and returns logits; -inf means "never". They compose by being called
@@ -8,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+__all__ = ["apply_temperature", "top_k_filter", "top_p_filter", "repetition_penalty", "sample", "generate"]
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -32,6 +35,8 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
     """
     if not 0 < p <= 1:
         raise ValueError(f"top_p is {p}, but is a probability: above 0, at most 1")
+    if p == 1:  # rounding lets the running sum reach 1 before the last tokens
+        return logits
     ordered, index = logits.sort(dim=-1, descending=True)
     probs = ordered.softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs
@@ -43,7 +48,7 @@ def repetition_penalty(logits: Tensor, previous: Tensor, penalty: float) -> Tens
     """Push down every token that was already written (Keskar et al. 2019, CTRL, section 4.1).
 
     Positive logits are divided by the penalty and negative ones multiplied: both go down. However often
-    a token was written, it is penalised once.
+    a token was written, it is penalized once.
 
     Args:
         logits: `(B, V)`.
@@ -71,6 +76,7 @@ def sample(
         logits: `(B, V)`.
         previous: Ids already written `(B, T)`, for the penalty.
         temperature: 0 takes the most likely token.
+        generator: Makes the draw repeatable, and leaves the global one alone.
 
     Returns:
         Ids `(B,)`.
@@ -100,6 +106,9 @@ def generate(
 
     The model sees at most the last `max_seq_len` tokens (its config's when None). Stops early when every
     row has written `eos_id`; a row that has finished repeats it.
+
+    Raises:
+        ValueError: at the first token, if `ids` is empty or `how` asks for something impossible.
     """
     if ids.shape[1] == 0:
         raise ValueError("nothing to write on from: give at least one token")
