@@ -118,7 +118,7 @@ def find_exercise(exercise_id: str) -> Exercise:
 
     exercises = all_exercises()
     if exercise_id not in exercises:
-        near = difflib.get_close_matches(exercise_id, exercises, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(exercise_id.lower(), exercises, n=1, cutoff=0.0)
         raise KeyError(
             f"there is no exercise {exercise_id!r}; the nearest is {near[0]}" if near else "no exercises"
         )
