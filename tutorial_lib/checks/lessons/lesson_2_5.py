@@ -331,8 +331,8 @@ PENALTY = Exercise(
         Misconception(
             "divides every logit, once for each time",
             _divides_each_time,
-            "Two bugs are left. Dividing a negative logit moves it towards zero, which is up; and a token that "
-            "was written three times is divided three times.",
+            "Both bugs are still there: follow by hand a written token whose logit is negative, and one that was "
+            "written three times.",
         ),
         Misconception(
             "divides negative logits too",
