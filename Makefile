@@ -79,7 +79,7 @@ export: setup ## write tutorial_lib from the lessons  (ARGS=--check only compare
 exercises: setup ## write exercises/ from solutions/  (ARGS=--check only compares)
 	$(PY) -m tutorial_lib.nb.exercises $(ARGS)
 
-notebooks: setup ## normalise the metadata of every notebook  (ARGS=--check only compares)
+notebooks: setup ## normalize the metadata of every notebook  (ARGS=--check only compares)
 	$(PY) -m tutorial_lib.nb.normalise $(ARGS)
 
 lint: setup ## ruff, and the three drift checks

@@ -59,7 +59,7 @@ def next_hint(exercise: Exercise, show_all: bool = False) -> str:
     seen = min(int(state["hints"].get(exercise.id, 0)), len(hints))
     if not show_all and seen == len(hints):
         return (
-            f"That were all {len(hints)} hints for {exercise.id} (ARGS=--all shows them again). "
+            f"Those were all {len(hints)} hints for {exercise.id} (ARGS=--all shows them again). "
             f"The solution, explained: {path.relative_to(home)}"
         )
     wanted = range(len(hints)) if show_all else [seen]
