@@ -59,7 +59,7 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def _init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02), and the last layer of each branch smaller by √(2·n_layers).
+        """GPT-2's: standard deviation 0.02, and at the end of each branch smaller by a factor √(2·n_layers).
 
         2·n_layers branches add up in the residual stream, and so do their variances; the factor keeps that
         sum the same at any depth.

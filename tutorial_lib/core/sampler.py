@@ -45,10 +45,11 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 
 
 def repetition_penalty(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
-    """Push down every token that was already written (Keskar et al. 2019, CTRL, section 4.1).
+    """Push down every token that was already written (after Keskar et al. 2019, CTRL, section 4.1).
 
-    Positive logits are divided by the penalty and negative ones multiplied: both go down. However often
-    a token was written, it is penalized once.
+    Positive logits are divided by the penalty and negative ones multiplied: both go down. (The paper
+    divides them all, which raises the negative ones.) However often a token was written, it is
+    penalized once.
 
     Args:
         logits: `(B, V)`.
