@@ -235,6 +235,12 @@ EMBED = Exercise(
             equals(),
             given=f"ids = [[1]], start = 2; {_BY_HAND}",
         ),
+        Probe(
+            "the last row of the table can be used",
+            lambda f: f(torch.tensor([[0, 1]]), _TOKENS.clone(), _POSITIONS.clone(), 2),
+            equals(),
+            given=f"ids = [[0, 1]], start = 2, and a table of 4 positions (0 to 3); {_BY_HAND}",
+        ),
         Probe("in three pieces as at once", _chunks, equals()),
         Probe("equals the reference, and the tables are as before", _leaves_tables_alone, equals()),
         Probe(
