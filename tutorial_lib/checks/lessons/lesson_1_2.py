@@ -104,6 +104,16 @@ WEIGHTS = Exercise(
         Probe(
             "large scores stay finite", lambda f: f(100 * randn(3, 8), 100 * randn(4, 8, seed=1)), equals()
         ),
+        Probe(
+            "large scores under one mask for all queries",
+            lambda f: f(
+                100 * randn(2, 9, 8, seed=6),
+                100 * randn(2, 4, 8, seed=7),
+                torch.tensor([[True, False, True, False]]),
+            ),
+            equals(),
+            given="scores in the thousands; mask = [[T, F, T, F]], which broadcasts to (Q, K)",
+        ),
     ],
     misconceptions=[
         Misconception(
@@ -191,6 +201,11 @@ def _two_tokens() -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _with_inputs(f: Any) -> tuple[Tensor, ...]:
+    q, k, v = (randn(3, 9, 16, seed=seed) for seed in (2, 6, 7))
+    return f(q, k, v), q, k, v
+
+
 CAUSAL = Exercise(
     id="1.2.b",
     symbol="causal_attention",
@@ -213,9 +228,9 @@ CAUSAL = Exercise(
             given="q = [[1, 0, 0, 0], [2, 0, 0, 0]], k = [[0, 1, 0, 0], [1, 0, 0, 0]], "
             "v = [[1, 0, 0, 0], [0, 1, 0, 0]]",
         ),
-        Probe("equals the reference", lambda f: _layer(f)(randn(3, 9, 48, seed=2)), equals()),
+        Probe("equals the reference, and leaves q, k and v alone", _with_inputs, equals()),
         Probe("one token alone", lambda f: _layer(f)(randn(2, 1, 12, seed=3)), equals()),
-        Probe("large scores stay finite", lambda f: _layer(f)(100 * randn(1, 4, 24, seed=4)), equals(1e-3)),
+        Probe("large scores stay finite", lambda f: _layer(f)(100 * randn(8, 4, 24, seed=4)), equals(1e-2)),
     ],
     misconceptions=[
         Misconception(
@@ -344,6 +359,12 @@ MASK = Exercise(
             lambda f: f(_real(".abc"), 2).int(),
             equals(),
             given="real = [[False, True, True, True]], n_queries = 2",
+        ),
+        Probe(
+            "one new query, by hand",
+            lambda f: f(_real(".abc"), 1).int(),
+            equals(),
+            given="real = [[False, True, True, True]], n_queries = 1",
         ),
         Probe(
             "equals the reference",
