@@ -155,7 +155,11 @@ BUILD = Exercise(
             equals(),
         ),
         Probe("a mask for each sequence, left as it was", _padded, equals()),
-        Probe("scores in the hundreds", lambda cls: fill_by_name(cls(8, 4))(50 * randn(1, 6, 8)), equals()),
+        Probe(
+            "scores in the hundreds",
+            lambda cls: fill_by_name(cls(8, 4))(50 * randn(4, 6, 8), causal_mask(6)),
+            equals(1e-2),
+        ),
         Probe("all three projections can learn", _head_gradients, holds(_unreached)),
     ],
     misconceptions=[
@@ -320,7 +324,11 @@ DEBUG = Exercise(
             lambda f: f(randn(2, 5, 8).double(), *_matrices(8, 4, torch.float64)),
             equals(),
         ),
-        Probe("scores in the hundreds", lambda f: f(30 * randn(1, 6, 8, seed=5), *_matrices(8, 4)), equals()),
+        Probe(
+            "scores in the hundreds",
+            lambda f: f(100 * randn(8, 6, 8, seed=5), *_matrices(8, 4)),
+            equals(1e-2),
+        ),
     ],
     misconceptions=[
         Misconception(
@@ -465,6 +473,12 @@ def _wide(cls: type[nn.Module]) -> Tensor:
     return fill_by_name(cls(8, 12, 4))(randn(3, 5, 8, seed=3), randn(3, 9, 12, seed=4), mask)
 
 
+def _loud(cls: type[nn.Module]) -> tuple[Tensor, Tensor]:
+    mask = torch.tensor([[True, False, True, False]] * 6)
+    source = 30 * randn(6, 4, 10, seed=8)
+    return fill_by_name(cls(6, 10, 4))(30 * randn(6, 5, 6, seed=7), source, mask), source
+
+
 def _cross_gradients(cls: type[nn.Module]) -> dict[str, bool]:
     head = fill_by_name(cls(6, 10, 4))
     return _gradients(head, head(randn(2, 5, 6), randn(2, 3, 10, seed=1)))
@@ -497,6 +511,7 @@ EXTEND = Exercise(
         Probe("padding of the source is not seen", _real_tokens, holds(_padding_counts)),
         Probe("equals the reference under the mask", lambda cls: _real_tokens(cls)[0], equals()),
         Probe("5 askers, 9 source tokens, other widths", _wide, equals()),
+        Probe("scores in the hundreds, and the source is as before", _loud, equals(1e-2)),
         Probe("all three projections can learn", _cross_gradients, holds(_unreached)),
     ],
     misconceptions=[
