@@ -73,8 +73,8 @@ SPLIT = Exercise(
         Probe("equals the reference", lambda f: f(randn(3, 7, 24, seed=1), 4), equals()),
         Probe("one head, and as many heads as channels", lambda f: (f(_tiny(), 1), f(_tiny(), 4)), equals()),
         Probe(
-            "a third of a wide projection (not contiguous)",
-            lambda f: f(randn(2, 5, 36, seed=2).chunk(3, dim=-1)[1], 3),
+            "a third of a wide projection (not contiguous, float64)",
+            lambda f: f(randn(2, 5, 36, seed=2).double().chunk(3, dim=-1)[1], 3),
             equals(),
         ),
     ],
@@ -231,6 +231,32 @@ def _not_dropped(dropped: bool) -> str | None:
     )
 
 
+def _lone_tokens(cls: Layer) -> Tensor:
+    """400 tokens, each alone, with values of 1: a head gives 1 / (1 - dropout) everywhere, or 0."""
+    layer = cls(8, 2, dropout=0.25)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.qkv.weight[16:] = torch.eye(8)  # type: ignore[index, operator]
+        layer.out.weight.copy_(torch.eye(8))  # type: ignore[union-attr, operator]
+        return layer.train()(torch.ones(400, 1, 8))
+
+
+def _dropped_otherwise(out: Tensor) -> str | None:
+    heads = out.view(-1, 4)
+    if (heads != heads[:, :1]).any():
+        return (
+            "a head lost single channels: dropout acts on the attention weights, before they mix the values"
+        )
+    dropped = (heads[:, 0] == 0).float().mean()
+    if abs(dropped - 0.25) > 0.08:
+        return f"with dropout 0.25, {dropped:.0%} of the attention weights were zero"
+    size = heads.max()
+    if abs(size - 4 / 3) > 1e-4:
+        return f"a weight of 1 that was not dropped became {size:.2f}; dropout makes it 1 / (1 − 0.25) = 1.33"
+    return None
+
+
 DEBUG = Exercise(
     id="1.4.b",
     symbol="CausalSelfAttention",
@@ -269,6 +295,17 @@ DEBUG = Exercise(
         ),
         Probe("evaluated twice, the same", _evaluates_alike, equals()),
         Probe("dropout acts while training", _drops_while_training, holds(_not_dropped)),
+        Probe(
+            "dropout drops whole weights",
+            _lone_tokens,
+            holds(_dropped_otherwise),
+            given="dropout 0.25; one token alone, so each head has one weight, which is 1; all values are 1",
+        ),
+        Probe(
+            "scores in the hundreds",
+            lambda cls: fill_by_name(cls(12, 3))(30 * randn(4, 6, 12, seed=6)),
+            equals(1e-2),
+        ),
     ],
     misconceptions=[
         Misconception(
@@ -448,8 +485,13 @@ EXTEND = Exercise(
         ),
         Probe(
             "one key head for all",
-            lambda cls: fill_by_name(cls(16, 4, 1))(randn(2, 5, 16, seed=3)),
+            lambda cls: fill_by_name(cls(12, 3, 1))(randn(2, 5, 12, seed=3)),
             equals(),
+        ),
+        Probe(
+            "scores in the hundreds",
+            lambda cls: fill_by_name(cls(12, 4, 2))(30 * randn(4, 6, 12, seed=6)),
+            equals(1e-2),
         ),
         Probe(
             "as many key heads as query heads: plain attention",
