@@ -69,6 +69,12 @@ GELU = Exercise(
         Probe("five values", lambda f: f(_few()), equals(1e-6, 1e-6, digits=4), given=_few()),
         Probe("equals the reference", lambda f: f(2 * randn(64)), equals(1e-6, 1e-5, digits=4)),
         Probe("far from zero", lambda f: f(_far()), equals(), given=_far()),
+        Probe(
+            "a gradient comes through",
+            lambda f: torch.autograd.functional.jacobian(lambda x: f(x).sum(), _few()),
+            equals(digits=4),
+            given=_few(),
+        ),
     ],
     misconceptions=[
         Misconception(
@@ -186,7 +192,7 @@ def _moved(cls: Any) -> list[int]:
 
 
 def _two_channels() -> Tensor:
-    return torch.tensor([[3.0, 1.0], [1.0, 3.0], [4.0, 4.0]])
+    return torch.tensor([[9.0, 1.0], [1.0, 3.0], [4.0, 4.0]])
 
 
 @torch.no_grad()
@@ -349,6 +355,7 @@ def _widths(cls: Any) -> dict[str, int]:
     """The default d_mlp for several d_model; on the meta device, where weights take no memory."""
     with torch.device("meta"):
         found = {f"SwiGLU({d})": cls(d).up.weight.shape[0] for d in (24, 96, 100, 105, 768)}
+        found["SwiGLU(101, multiple_of=1)"] = cls(101, multiple_of=1).up.weight.shape[0]  # 269 + 1/3
         found["SwiGLU(4096, multiple_of=256)"] = cls(4096, multiple_of=256).up.weight.shape[0]
     return found
 
