@@ -97,6 +97,21 @@ def _trained_norm(cls: type[nn.Module]) -> Tensor:
     return fill_by_name(cls(16))(randn(3, 7, 16, seed=1))
 
 
+def _given_x(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    x = randn(2, 5, 8, seed=6)
+    with torch.no_grad():
+        layer(x)
+    return x, randn(2, 5, 8, seed=6)
+
+
+def _wrote_into_x(pair: tuple[Tensor, Tensor]) -> str | None:
+    if torch.equal(*pair):
+        return None
+    return (
+        "the x of the caller was overwritten, as by x += … or x -= …: write x = x + …, which makes a new one"
+    )
+
+
 LAYER_NORM = Exercise(
     id="1.6.a",
     symbol="LayerNorm",
@@ -110,6 +125,7 @@ LAYER_NORM = Exercise(
         ),
         Probe("shape and dtype", lambda cls: cls(8)(randn(2, 5, 8)), same_shape),
         Probe("each token for itself", _alone, holds(_mixes_tokens)),
+        Probe("x is as before", lambda cls: _given_x(cls(8)), holds(_wrote_into_x)),
         Probe(
             "two tokens by hand",
             lambda cls: cls(4)(_four()),
@@ -117,6 +133,14 @@ LAYER_NORM = Exercise(
             given=_four(),
         ),
         Probe("weight and bias are used", _trained_norm, equals()),
+        Probe(
+            "any number of leading dimensions",
+            lambda cls: [
+                fill_by_name(cls(6))(randn(*shape, seed=3)) for shape in ((6,), (4, 6), (2, 3, 4, 6))
+            ],
+            equals(),
+            given="x of shape (6,), of (4, 6) and of (2, 3, 4, 6)",
+        ),
         Probe(
             "eps = 1 goes under the root",
             lambda cls: cls(4, eps=1.0)(_four()),
@@ -310,6 +334,7 @@ def _block_probes(parameters: str, causal_build: Callable) -> list[Probe]:
         causality(causal_build, randn(2, 6, 8, seed=5)),
         Probe("equals the reference", _random_block, equals()),
         Probe("the mask reaches attention", _masked_block, equals()),
+        Probe("x is as before", lambda cls: _given_x(fill_by_name(cls(8, 2))), holds(_wrote_into_x)),
     ]
 
 
