@@ -88,6 +88,7 @@ CODEC = Exercise(
     reference=_Codec,
     look_again="There and back",
     probes=[
+        Probe("a list comes back", lambda cls: type(cls().encode("né")).__name__, equals(), given='"né"'),
         Probe("encode, by hand", lambda cls: cls().encode("né"), equals(), given='"né"'),
         Probe(
             "characters of 1 to 4 bytes", lambda cls: cls().encode(ONE_OF_EACH), equals(), given=ONE_OF_EACH
@@ -499,6 +500,12 @@ SPECIAL = Exercise(
             _encoded("<|a|>!x<|a|>", {"<|a|>": 256, "<|a|>!": 257}, {"<|a|>", "<|a|>!"}),
             equals(),
             given='"<|a|>!x<|a|>", with "<|a|>" = 256 and "<|a|>!" = 257',
+        ),
+        Probe(
+            "a shorter name inside an allowed one",
+            _encoded("<|a|>!", {"<|a|>": 256, "<|a|>!": 257}, {"<|a|>!"}),
+            equals(),
+            given='"<|a|>!", with "<|a|>" = 256 and "<|a|>!" = 257, only <|a|>! allowed',
         ),
         Probe(
             "from left to right",
