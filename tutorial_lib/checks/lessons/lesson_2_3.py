@@ -184,6 +184,24 @@ def _holes(seed: int, V: int = 17, empty_row: bool = False) -> tuple[Tensor, Ten
     return logits, labels
 
 
+def _labels_after(loss: Loss) -> tuple[Tensor, Tensor]:
+    logits, labels = _holes(6)
+    loss(logits, labels)
+    return labels, _holes(6)[1]
+
+
+def _wrote_labels(pair: tuple[Tensor, Tensor]) -> str | None:
+    if torch.equal(*pair):
+        return None
+    return "the labels of the caller were overwritten: make new ones, such as labels.clamp(min=0)"
+
+
+def _large_with_gradient(loss: Loss) -> tuple[Tensor, Tensor]:
+    logits, labels = _holes(5)
+    logits = 100 * logits
+    return loss(logits, labels), torch.autograd.functional.jacobian(lambda z: loss(z, labels), logits)
+
+
 # ── 2.3.c ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -346,6 +364,8 @@ EXERCISES = [
             Probe("padding does not count", _padded, holds(_padding_matters)),
             Probe("equals the reference, token 0 among the labels", lambda f: f(*_holes(1)), equals()),
             Probe("a sequence of nothing but padding", lambda f: f(*_holes(2, empty_row=True)), equals()),
+            Probe("the labels are as before", _labels_after, holds(_wrote_labels)),
+            Probe("large logits, and the gradient", _large_with_gradient, equals(1e-4)),
             Probe(
                 "nothing counts: ValueError",
                 lambda f: outcome(lambda: f(randn(2, 3, 5), torch.full((2, 3), IGNORE))),
@@ -417,6 +437,7 @@ EXERCISES = [
             Probe(
                 "a sequence of nothing but padding", lambda f: f(*_holes(3, empty_row=True), 0.5), equals()
             ),
+            Probe("the labels are as before", _labels_after, holds(_wrote_labels)),
             Probe("the gradient", lambda f: _with_gradient(f, 0.2), equals()),
             Probe(
                 "the default coefficient is 1e-4",
