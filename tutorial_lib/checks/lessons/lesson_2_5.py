@@ -52,6 +52,10 @@ def _tail() -> Tensor:
     return torch.tensor([-21.0, 0.0, -20.0, -40.0])
 
 
+def _big() -> Tensor:
+    return torch.tensor([[1000.0, 999.0, 990.0, 995.0], [-1000.0, -1001.0, -1010.0, -1003.0]])
+
+
 def _filter_twice(f, x: Tensor, how: float) -> tuple[Tensor, Tensor]:
     given = x.clone()
     return f(given, how), given
@@ -138,6 +142,7 @@ TOP_P = Exercise(
             given="four equal logits, p = 0.5; the answer is how many stay",
         ),
         Probe("equals the reference", lambda f: f(randn(3, 5, 40, seed=2) * 2, 0.85), equals()),
+        Probe("logits of 1000 do no harm", lambda f: f(_big(), 0.8), equals(), given=_big()),
         Probe("p = 1 keeps everything", lambda f: f(_tail(), 1.0), equals(), given=_tail()),
         Probe(
             "refuses what is no probability",
@@ -426,10 +431,6 @@ def _overflows(logits: Tensor, min_p: float) -> Tensor:
     _need_p(min_p)
     weight = logits.exp()
     return logits.masked_fill(weight < min_p * weight.amax(-1, keepdim=True), NEVER)
-
-
-def _big() -> Tensor:
-    return torch.tensor([[1000.0, 999.0, 990.0, 995.0], [-1000.0, -1001.0, -1010.0, -1003.0]])
 
 
 def _two_rows() -> Tensor:
