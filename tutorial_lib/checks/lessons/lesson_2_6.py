@@ -51,8 +51,8 @@ def _with_ignored() -> Batches:
     x = IGNORE_INDEX
     return [
         (torch.zeros(2, 3).long(), torch.tensor([[1, 1, x], [x, x, 1]])),
-        (torch.ones(1, 3).long(), torch.tensor([[x, x, 1]])),
         (torch.ones(2, 3).long(), torch.full((2, 3), x)),
+        (torch.ones(1, 3).long(), torch.tensor([[x, x, 1]])),
     ]
 
 
@@ -69,6 +69,20 @@ def _mode_after(f: Callable, training: bool) -> tuple:
     model = _Table(randn(9, 9, seed=1)).train(training)
     f(model, list(_random_batches()))
     return model.training, sorted(set(model.modes)), sorted(set(model.grads)), torch.is_grad_enabled()
+
+
+def _labels_after(f: Callable) -> list[Tensor]:
+    batches = list(_with_ignored())
+    f(_in_bits(), batches)
+    return [labels for _, labels in batches]
+
+
+def _wrote_labels(after: list[Tensor]) -> str | None:
+    if all(torch.equal(a, labels) for a, (_, labels) in zip(after, _with_ignored(), strict=True)):
+        return None
+    return (
+        "the labels of the caller were overwritten, so the next evaluation would count the ignored ones, too"
+    )
 
 
 def _mode_kept(result: tuple) -> str | None:
@@ -159,6 +173,7 @@ MEAN_LOSS = Exercise(
             equals(),
             given="three labels at 1 bit, one at 3 bits, eleven that are -100; the mean in bits",
         ),
+        Probe("the labels are as before", _labels_after, holds(_wrote_labels)),
         Probe("equals the reference", lambda f: f(_Table(randn(9, 9, seed=2)), _random_batches()), equals()),
         Probe(
             "dropout does not matter",
