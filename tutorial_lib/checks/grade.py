@@ -177,10 +177,16 @@ def diagnose(
 ) -> Misconception | None:
     """The misconception that gives the learner's numbers on the failed probe, and on all others too.
 
-    Only a match in value counts. Where several match on this probe, the others decide; then the first.
+    Only a match in value counts, of a misconception that passes what the learner's code has passed. Where
+    several match on this probe, the others decide; then the first.
     """
+    passed = exercise.probes[: list(exercise.probes).index(probe)]
     matching = [
-        m for m in exercise.misconceptions if _gives(m, probe, yours) and not _gives(m, probe, expected)
+        m
+        for m in exercise.misconceptions
+        if _gives(m, probe, yours)
+        and not _gives(m, probe, expected)
+        and all(_passes(m, other, run_probe(other, exercise.reference)) for other in passed)
     ]
     for other in exercise.probes:
         if len(matching) < 2:
@@ -192,6 +198,13 @@ def diagnose(
             continue
         matching = [m for m in matching if _gives(m, other, result)] or matching
     return matching[0] if matching else None
+
+
+def _passes(misconception: Misconception, probe: Probe, expected: Any) -> bool:
+    try:
+        return probe.judge(run_probe(probe, misconception.wrong), expected) is None
+    except Exception:
+        return False
 
 
 def _gives(misconception: Misconception, probe: Probe, result: Any) -> bool:
