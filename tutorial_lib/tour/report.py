@@ -137,6 +137,10 @@ def write_report(story: Story, folder: Path) -> Path:
             "gzip, xz and bzip2 compress the validation text alone; “having read the training text” gives xz the "
             "training text first, which is what the model had.</p>"
         )
+        numbers = sorted(
+            [*story.baselines.items(), ("this model", story.bits_per_byte)], key=lambda row: row[1]
+        )
+        parts.append(f"<table>{_rows({name: f'{bits:.3f} bits per byte' for name, bits in numbers})}</table>")
     parts.append("<h2>What it writes</h2><div class=samples>")
     for progress, step, text in story.samples:
         parts.append(
