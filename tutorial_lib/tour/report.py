@@ -125,7 +125,7 @@ def write_report(story: Story, folder: Path) -> Path:
             f"<p>For comparison, the usual AdamW recipe for a GPT of about this size (four layers, 2000 steps of "
             f"12×64 bytes, peak rate 1e-3) ended at {plain['loss']:.3f} nats per byte after "
             f"{plain['seconds']:.0f} seconds on {e(plain['machine'])}. Same loop, same optimizer, same text. What "
-            "differs: a peak rate four times as high, one layer less, a rate that falls to zero, and the seconds. "
+            "differs: a peak rate five times as high, two layers less, a rate that falls to zero, and the seconds. "
             "<code>python -m tutorial_lib.tour --recipe plain</code> measures it here.</p>"
         )
     if story.bits_per_byte is not None:

@@ -42,12 +42,12 @@ class Recipe:
 
 
 RECIPES = {
-    # Shape and rates were chosen by a sweep of some 70 runs at equal estimated time: three layers give more
-    # steps than four in the same seconds, and a peak rate of 4e-3 is worth 0.1 nats over the usual 1e-3.
+    # Chosen by a sweep of some 100 runs at equal estimated time on two cores: two layers get through more
+    # text than four in the same seconds, and a peak rate of 5e-3 is worth 0.1 nats over the usual 1e-3.
     "tour": Recipe(
         "tour",
-        GPTConfig(vocab_size=256, max_seq_len=64, d_model=128, n_heads=4, n_layers=3),
-        TrainConfig(steps=1_000_000, max_seconds=120, lr=4e-3, warmup=0.1, lr_floor=0.0, betas=(0.9, 0.99)),
+        GPTConfig(vocab_size=256, max_seq_len=64, d_model=128, n_heads=4, n_layers=2),
+        TrainConfig(steps=1_000_000, max_seconds=120, lr=5e-3, warmup=0.1, lr_floor=0.0, betas=(0.9, 0.99)),
         batch_size=12,
     ),
     # The CPU recipe that nanoGPT's README gives for characters, on bytes: what the tour is compared with.
