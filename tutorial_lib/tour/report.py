@@ -122,7 +122,7 @@ def write_report(story: Story, folder: Path) -> Path:
     parts.append(_embed(loss_picture(story), "Loss against seconds of training", folder / "loss.png"))
     if plain := plain_run(story):
         parts.append(
-            f"<p>For comparison, the usual AdamW recipe for a GPT of about this size (four layers, 2000 steps of "
+            f"<p>For comparison, the usual AdamW recipe for a small GPT (four layers, 2000 steps of "
             f"12×64 bytes, peak rate 1e-3) ended at {plain['loss']:.3f} nats per byte after "
             f"{plain['seconds']:.0f} seconds on {e(plain['machine'])}. Same loop, same optimizer, same text. What "
             "differs: a peak rate five times as high, two layers less, a rate that falls to zero, and the seconds. "

@@ -180,6 +180,8 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
 
     def take_sample(info: StepInfo | None, progress: float) -> None:
         text = write_sample(model, tokenizer)
+        # An untrained model writes control characters, too; a terminal would obey them.
+        text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
         story.samples.append((progress, info.step if info else 0, text))
         console.print(f"[dim]── sample at {progress:.0%} {'─' * 40}[/]")
         console.print(text, markup=False, highlight=False)
