@@ -34,6 +34,7 @@ def chapter(part: str, tree: Path, verbose: bool = False, as_json: bool = False)
         )
     results: list[Result] = []
     titles: dict[str, str] = {}
+    show_progress = not as_json and sys.stderr.isatty()
     for lesson in dict.fromkeys(e.lesson for e in exercises):
         mine = [e for e in exercises if e.lesson == lesson]
         path = notebook_of(lesson, tree)
@@ -46,10 +47,10 @@ def chapter(part: str, tree: Path, verbose: bool = False, as_json: bool = False)
         except ValueError:
             pass  # a damaged notebook is said below, exercise by exercise
         for exercise in mine:
-            if not as_json:
+            if show_progress:
                 print(f"\r  … {exercise.id}", end="\033[K", file=sys.stderr, flush=True)
             results += grade_notebook(path, [exercise])
-    if not as_json:
+    if show_progress:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     if tree.name == "exercises":
         record(results)
