@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tutorial_lib.nb import exercises
+from tutorial_lib import files
 from tutorial_lib.nb.exercises import (
     STUB,
     ExerciseError,
@@ -532,7 +532,7 @@ def test_a_failed_write_leaves_the_old_file_whole(repo, monkeypatch, capsys):
     def full(source, target):
         raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(exercises.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     assert run(repo) == 1
     err = capsys.readouterr().err
     assert "No space left on device" in err and err.count("\n") == 1

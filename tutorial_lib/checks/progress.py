@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from tutorial_lib.checks.grade import Result
 from tutorial_lib.checks.notebook import find_home, notebook_of, statements
 from tutorial_lib.checks.spec import Exercise, all_exercises
+from tutorial_lib.files import write_text
 
 __all__ = ["next_hint", "overview", "record"]
 
@@ -33,10 +33,7 @@ def _save(state: dict[str, Any]) -> None:
     if file is None:
         return
     try:
-        file.parent.mkdir(exist_ok=True)
-        beside = file.with_name(f".progress.{os.getpid()}")
-        beside.write_text(json.dumps(state, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(beside, file)
+        write_text(file, json.dumps(state, indent=1, sort_keys=True))
     except OSError:
         pass  # a folder that cannot be written to must not keep anybody from checking an exercise
 

@@ -26,13 +26,14 @@ import argparse
 import ast
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tutorial_lib.files import write_text
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -261,7 +262,7 @@ def regenerate(root: Path = ROOT, check: bool = False) -> Outcome:
             state = "is missing" if text is None else "differs from what its solution generates"
             done.drift.append(f"{shown} {state}, run: make exercises")
         elif text is None or _digest_of(text) in (was.get("sha256"), entry["sha256"]):
-            _write(path, fresh)
+            write_text(path, fresh)
             done.written.append(f"wrote {shown}")
         else:
             new[name] = was  # the checker compares this file with the stub it grew from
@@ -273,7 +274,9 @@ def regenerate(root: Path = ROOT, check: bool = False) -> Outcome:
     if new != old and check:
         done.drift.append("exercises/manifest.json is not up to date, run: make exercises")
     elif new != old:
-        _write(manifest, json.dumps({"notebooks": new}, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        write_text(
+            manifest, json.dumps({"notebooks": new}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        )
     return done
 
 
@@ -302,17 +305,6 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
     raise ExerciseError(
         f"{path} cannot be read: restore it from git (without it, every change is your work)."
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Write all of a file or nothing of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,10 +7,10 @@ import html
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tutorial_lib.files import write_text
 from tutorial_lib.tour.run import Story
 from tutorial_lib.viz import COLOURS, use_style
 
@@ -168,9 +168,7 @@ def write_report(story: Story, folder: Path) -> Path:
     )
     page = _PAGE.replace("{{body}}", "\n".join(parts))
     path = folder / "report.html"
-    beside = folder / f".report.{os.getpid()}"
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
+    write_text(path, page)
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import signal
 import time
@@ -24,6 +23,7 @@ from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import open_tokens, random_batches, write_tokens
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.eval import baselines
+from tutorial_lib.files import write_text
 from tutorial_lib.train.checkpoint import load_model, save_model
 from tutorial_lib.train.evaluate import evaluate, split_train_val
 from tutorial_lib.train.loop import StepInfo, TrainConfig, make_optimizer, train
@@ -247,9 +247,7 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
             "bigram": baselines.bigram(train_part, val_part),
             **baselines.compressors(train_bytes, val_bytes),
         }
-    beside = folder / f".result.{os.getpid()}"
-    beside.write_text(json.dumps(asdict(story), indent=1), encoding="utf-8")
-    os.replace(beside, folder / "result.json")
+    write_text(folder / "result.json", json.dumps(asdict(story), indent=1))
     return story
 
 
