@@ -1,0 +1,130 @@
+# Exported from chapters/part_3_modernizing/3_8_modern_recipe.ipynb. Edit the lesson, then run: make export
+"""Muon: momentum, and then every direction of a matrix gets the same say (Jordan et al. 2024)."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["orthogonalize", "Muon", "muon_groups"]
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """Push all singular values of each matrix towards 1 (Newton–Schulz, with Jordan's coefficients).
+
+    With M = U S Vᵀ, an odd polynomial in M acts on S alone: a·M + b·(M Mᵀ) M + c·(M Mᵀ)² M has the singular
+    values a·s + b·s³ + c·s⁵. These coefficients rise steeply at 0 and end between about 0.7 and 1.2, which
+    is near enough, and cheaper than an SVD.
+
+    Args:
+        matrices: `(..., m, n)`.
+        steps: How often.
+        dtype: What to compute in; None: bf16 on a GPU, else fp32.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    dtype = dtype or (torch.bfloat16 if matrices.is_cuda else torch.float32)
+    X = matrices.to(dtype)
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X  # the smaller Gram matrix is the cheaper one
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1, or it diverges
+    for _ in range(steps):
+        gram = X @ X.mT
+        X = a * X + (b * gram + c * gram @ gram) @ X
+    return (X.mT if tall else X).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer.
+
+    Matrices of one shape are orthogonalized together: one batched multiplication in place of many small ones.
+    The update is scaled by 0.2·√max(m, n), which gives it the size of an AdamW update, so that a rate for one
+    serves the other (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+
+    Args:
+        groups: Dicts with `params`, `lr`, `weight_decay` and `muon` (bool); see `muon_groups`.
+        momentum: Memory for the gradient of a matrix (Nesterov's form).
+        betas: AdamW's, for the rest.
+        eps: AdamW's.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict],
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps, "muon": False})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                self._muon(group, params)
+            elif params:
+                self._adamw(group, params)
+        return loss
+
+    def _muon(self, group: dict, params: list[Tensor]) -> None:
+        by_shape: dict[tuple, list[Tensor]] = defaultdict(list)
+        for p in params:
+            by_shape[p.shape, p.dtype, p.device].append(p)
+        for (shape, _, _), same in by_shape.items():
+            updates = []
+            for p in same:
+                momentum = self.state[p].setdefault("m", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov: look one step ahead
+            directions = orthogonalize(torch.stack(updates))  # (N, m, n)
+            size = 0.2 * max(shape) ** 0.5
+            for p, direction in zip(same, directions, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"] * size)
+
+    def _adamw(self, group: dict, params: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            state["m"].lerp_(p.grad, 1 - beta1)
+            state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            m_hat = state["m"] / (1 - beta1 ** state["step"])
+            v_hat = state["v"] / (1 - beta2 ** state["step"])
+            p.addcdiv_(m_hat, v_hat.sqrt().add_(group["eps"]), value=-group["lr"])
+
+
+def muon_groups(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float = 0.1) -> list[dict]:
+    """Three groups: the blocks' matrices (Muon), embeddings and output layer (AdamW), norms and biases (no decay).
+
+    An embedding is a table of rows and not a map between spaces: making its rows orthogonal means nothing.
+
+    Args:
+        model: With its layers in `model.blocks`.
+        lr: Peak rate of the matrices.
+        adamw_lr: Peak rate of the rest.
+        weight_decay: For all that has two dimensions.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inside = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
+    taken = {id(p) for p in inside}
+    rest = [p for _, p in named if id(p) not in taken]
+    return [
+        {"params": inside, "lr": lr, "weight_decay": weight_decay, "muon": True},
+        {
+            "params": [p for p in rest if p.ndim >= 2],
+            "lr": adamw_lr,
+            "weight_decay": weight_decay,
+            "muon": False,
+        },
+        {"params": [p for p in rest if p.ndim < 2], "lr": adamw_lr, "weight_decay": 0.0, "muon": False},
+    ]
