@@ -1,0 +1,237 @@
+"""What a model costs: exact where it says so, and within a few percent of torch where it estimates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tutorial_lib.core.gpt import GPT, GPTConfig
+from tutorial_lib.tools.accounting import (
+    KNOWN_SHAPES,
+    ModelShape,
+    activation_memory,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes,
+    six_nd,
+    training_cost,
+    training_memory,
+)
+from tutorial_lib.train.losses import lm_loss
+
+CONFIGS = [
+    GPTConfig(vocab_size=50, max_seq_len=16, d_model=24, n_heads=3, n_layers=2),
+    GPTConfig(vocab_size=300, max_seq_len=20, d_model=32, n_heads=4, n_layers=3, d_mlp=40, bias=False),
+    GPTConfig(vocab_size=70, max_seq_len=9, d_model=16, n_heads=1, n_layers=1, tie_embeddings=False),
+]
+each_config = pytest.mark.parametrize("config", CONFIGS)
+
+
+def shape_of(config: GPTConfig) -> ModelShape:
+    return ModelShape(
+        config.vocab_size,
+        config.d_model,
+        config.n_layers,
+        config.n_heads,
+        d_mlp=config.d_mlp,
+        tied=config.tie_embeddings,
+        learned_positions=config.max_seq_len,
+        bias=config.bias,
+    )
+
+
+def batch(config: GPTConfig, batch_size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (batch_size, config.max_seq_len + 1), generator=generator)
+    return ids[:, :-1], ids[:, 1:]
+
+
+@each_config
+def test_parameters_of_our_gpt(config):
+    counts = count_parameters(shape_of(config))
+    assert counts["total"] == GPT(config).num_params()
+    assert counts["total"] == sum(n for name, n in counts.items() if name != "total")
+    assert all(type(n) is int for n in counts.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("gpt2", 124_439_808),
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3-405b", 405_853_388_800),
+        ("mistral-7b", 7_241_732_096),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_parameters_of_public_models(name, total):
+    assert count_parameters(KNOWN_SHAPES[name])["total"] == total
+
+
+def test_gpt3_is_what_its_paper_says():
+    assert round(count_parameters(KNOWN_SHAPES["gpt3"])["total"], -8) == 174_600_000_000
+
+
+def test_the_tours_shape_is_the_tours():
+    from tutorial_lib.tour.run import RECIPES
+
+    assert shape_of(RECIPES["tour"].model) == KNOWN_SHAPES["tour"]
+
+
+def test_a_head_width_of_its_own():
+    class Attention(nn.Module):  # Mistral Nemo and Gemma do not have H·C = D
+        def __init__(self, D=20, H=3, G=1, C=8):
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(D, H * C), nn.Linear(D, G * C), nn.Linear(D, G * C)
+            self.out = nn.Linear(H * C, D)
+
+    shape = ModelShape(10, 20, 4, 3, n_kv_heads=1, d_head=8)
+    one = sum(p.numel() for p in Attention().parameters())
+    assert count_parameters(shape)["attention"] == 4 * one
+    assert kv_cache_bytes(shape, 1, 1, bytes_per_number=1) == 2 * 4 * 8
+
+
+def test_replace_moves_the_widths_along():
+    wider = replace(KNOWN_SHAPES["gpt2"], d_model=1024, n_heads=16, n_layers=24)
+    assert (wider.mlp_width, wider.head_width, wider.kv_heads) == (4096, 64, 16)
+    assert count_parameters(wider)["total"] == 354_823_168  # GPT-2 medium
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"norm": "batchnorm"}, "layernorm or rmsnorm"),
+        ({"n_heads": 5}, "give d_head"),
+        ({"n_heads": 4, "n_kv_heads": 3}, "evenly"),
+    ],
+)
+def test_impossible_shapes(how, says):
+    with pytest.raises(ValueError, match=says):
+        ModelShape(**{"vocab_size": 10, "d_model": 8, "n_layers": 1, "n_heads": 2} | how)
+
+
+@each_config
+def test_flops_are_those_that_torch_counts(config):
+    model, (inputs, labels) = GPT(config), batch(config)
+    flops = flops_per_token(shape_of(config), config.max_seq_len)
+    with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's fused kernel
+        with FlopCounterMode(display=False) as forward:
+            model(inputs)
+        with FlopCounterMode(display=False) as training:
+            lm_loss(model(inputs), labels).backward()
+    assert forward.get_total_flops() == inputs.numel() * flops["forward"]
+    assert training.get_total_flops() == inputs.numel() * flops["training"]
+
+
+def test_causal_flops_are_those_of_the_pairs_that_see_each_other():
+    shape, T = KNOWN_SHAPES["llama-3-8b"], 77
+    full, causal = flops_per_token(shape, T), flops_per_token(shape, T, causal=True)
+    pairs = sum(t + 1 for t in range(T))
+    for term in ("scores", "mixing"):
+        assert full[term] == 2 * 32 * 4096 * T
+        assert causal[term] * T == 2 * 32 * 4096 * pairs
+    assert {k: v for k, v in full.items() if k in ("projections", "mlp", "head")}.items() <= causal.items()
+    assert causal["forward"] == sum(v for k, v in causal.items() if k not in ("forward", "training"))
+
+
+def test_a_token_costs_two_flops_for_each_number_it_is_multiplied_by():
+    for shape in KNOWN_SHAPES.values():
+        groups, flops = count_parameters(replace(shape, bias=False)), flops_per_token(shape, 0)
+        assert flops["projections"] == 2 * groups["attention"] and flops["mlp"] == 2 * groups["mlp"]
+        assert flops["head"] == 2 * groups["embedding"]  # the same size, tied or not
+
+
+def test_six_nd_is_what_the_papers_state():
+    assert six_nd(174.6e9, 300e9) == pytest.approx(3.14e23, rel=0.01)  # Brown et al. 2020
+    assert six_nd(405e9, 15.6e12) == pytest.approx(3.8e25, rel=0.01)  # Dubey et al. 2024
+
+
+@each_config
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_memory_is_within_five_percent_of_torchs(config, batch_size):
+    model, (inputs, labels) = GPT(config), batch(config, batch_size)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    with saved_tensors_hooks(remember, lambda tensor: tensor):
+        loss = lm_loss(model(inputs), labels)
+    loss.backward()
+    optimizer.step()
+    memory = training_memory(shape_of(config), batch_size, config.max_seq_len)
+    states = [t for state in optimizer.state.values() for t in state.values() if t.ndim]  # not the step count
+    assert memory["weights"] == memory["gradients"] == sum(p.nbytes for p in model.parameters())
+    assert memory["optimizer"] == sum(t.nbytes for t in states)
+    assert memory["activations"] == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.05)
+    assert memory["total"] == sum(n for name, n in memory.items() if name != "total")
+
+
+def test_gated_and_grouped_activations():
+    T, D, M, H = 6, 16, 24, 4
+
+    class Layer(nn.Module):
+        """Llama's block with fused norms, for what autograd keeps of it."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2, self.norm = nn.RMSNorm(D), nn.RMSNorm(D), nn.RMSNorm(D)
+            self.gate, self.up = nn.Linear(D, M, bias=False), nn.Linear(D, M, bias=False)
+            self.down = nn.Linear(M, D, bias=False)
+
+    layer, kept = Layer(), {}
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def remember(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    x = torch.randn(2, T, D, requires_grad=True) + 0
+    with saved_tensors_hooks(remember, lambda tensor: tensor):
+        layer.down(nn.functional.silu(layer.gate(x)) * layer.up(x))
+    mine = {k: s for k, s in kept.items() if k not in weights}
+    shape = ModelShape(10, D, 1, H, 2, d_mlp=M, gated=True, bias=False, norm="rmsnorm")
+    terms = activation_memory(shape, 2, T)
+    assert sum(s.nbytes() for s in mine.values()) == terms["mlp"] + 2 * T * D * 4  # and the norm's output
+    assert terms["attention"] == 2 * T * (4 * (16 + 2 * 8 + 16) + 4 * H)
+
+
+def test_mixed_precision_takes_sixteen_bytes_a_parameter():
+    shape = KNOWN_SHAPES["llama-2-7b"]
+    N = count_parameters(shape)["total"]
+    assert training_memory(shape, 0, 0, 2, 2, 12, 2)["total"] == 16 * N
+    assert training_memory(shape, 0, 0)["total"] == 16 * N
+
+
+def test_kv_cache():
+    # Llama 2 7B in fp16: half a mebibyte for each token.
+    assert kv_cache_bytes(KNOWN_SHAPES["llama-2-7b"], 1, 1) == 2**19
+    assert kv_cache_bytes(KNOWN_SHAPES["llama-3-8b"], 3, 8192) == 3 * 2**30
+
+
+def test_cost():
+    cost = training_cost(3.6e18, 1e15, 0.5, 700, 2.0, chips=4, overhead=1.5)
+    assert cost == pytest.approx({"chip_hours": 2, "hours": 0.5, "kilowatt_hours": 2.1, "money": 4})
+    # LLaMA 65B (Touvron et al. 2023a, table 15): 1,022,362 A100 hours are 449 MWh at a PUE of 1.1.
+    hours = 1_022_362
+    cost = training_cost(hours * 3600 * 312e12 * 0.5, 312e12, 0.5, 400, 0.0, overhead=1.1)
+    assert cost["kilowatt_hours"] / 1000 == pytest.approx(449, rel=0.005)
+
+
+@pytest.mark.parametrize("utilization", [40, 1.01, 0, -0.4])
+def test_a_utilization_is_a_fraction(utilization):
+    with pytest.raises(ValueError, match="fraction"):
+        training_cost(1, 1, utilization, 1, 1)

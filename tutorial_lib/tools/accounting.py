@@ -1,0 +1,255 @@
+# Exported from chapters/part_0_foundations/0_1_pipeline_overview.ipynb.
+# Edit the lesson, then run: make export
+"""What a language model costs, term by term: parameters, FLOPs, memory, time, energy, money.
+
+Letters: V vocabulary · D model width · L layers · H heads · G key-value heads · C channels of a head ·
+M width inside the MLP · B batch · T time. All counts are exact integers; estimates say that they are.
+"""
+
+from dataclasses import dataclass
+
+__all__ = [
+    "ModelShape",
+    "KNOWN_SHAPES",
+    "count_parameters",
+    "flops_per_token",
+    "six_nd",
+    "activation_memory",
+    "training_memory",
+    "kv_cache_bytes",
+    "training_cost",
+]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """All that decides what a decoder-only Transformer costs. `ModelShape(50257, 768, 12, 12)` is GPT-2's.
+
+    Raises:
+        ValueError: if the heads do not fit the width or each other, or the norm is unknown.
+    """
+
+    vocab_size: int
+    """V: how many different tokens there are."""
+    d_model: int
+    """D: width of the residual stream."""
+    n_layers: int
+    """L: how many blocks."""
+    n_heads: int
+    """H: query heads in each block."""
+    n_kv_heads: int | None = None
+    """G: heads of keys and values (grouped-query attention if fewer than `n_heads`); `n_heads` when None."""
+    d_head: int | None = None
+    """C: channels of a head; d_model / n_heads when None."""
+    d_mlp: int | None = None
+    """M: width inside the MLP; 4 · d_model when None."""
+    gated: bool = False
+    """Whether the MLP has a gate (SwiGLU): three matrices instead of two."""
+    tied: bool = True
+    """Whether the head reuses the token embedding."""
+    learned_positions: int = 0
+    """Rows of the learned position table; 0 where positions are computed (sinusoidal, RoPE)."""
+    bias: bool = True
+    """Whether linear layers and LayerNorms have a bias. The head never has one, nor has RMSNorm."""
+    norm: str = "layernorm"
+    """`"layernorm"` or `"rmsnorm"`."""
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("layernorm", "rmsnorm"):
+            raise ValueError(f"norm is {self.norm!r}: choose layernorm or rmsnorm")
+        if self.d_head is None and self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} does not split into {self.n_heads} heads: give d_head")
+        if self.n_heads % self.kv_heads:
+            raise ValueError(f"{self.n_heads} query heads do not share {self.kv_heads} key heads evenly")
+
+    # The fields stay as they were given, so that dataclasses.replace(shape, d_model=…) moves these along.
+    @property
+    def kv_heads(self) -> int:
+        """G, resolved."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """C, resolved."""
+        return self.d_model // self.n_heads if self.d_head is None else self.d_head
+
+    @property
+    def mlp_width(self) -> int:
+        """M, resolved."""
+        return 4 * self.d_model if self.d_mlp is None else self.d_mlp
+
+
+def _llama(
+    vocab_size: int,
+    d_model: int,
+    n_layers: int,
+    n_heads: int,
+    n_kv_heads: int,
+    d_mlp: int,
+    tied: bool = False,
+) -> ModelShape:
+    """The family's habits: RoPE, RMSNorm, SwiGLU, no biases."""
+    how = {"gated": True, "tied": tied, "bias": False, "norm": "rmsnorm"}
+    return ModelShape(vocab_size, d_model, n_layers, n_heads, n_kv_heads, d_mlp=d_mlp, **how)
+
+
+KNOWN_SHAPES: dict[str, ModelShape] = {
+    "tour": ModelShape(256, 128, 2, 4, learned_positions=64),
+    "gpt2": ModelShape(50257, 768, 12, 12, learned_positions=1024),
+    "gpt3": ModelShape(50257, 12288, 96, 96, learned_positions=2048),
+    "smollm2-135m": _llama(49152, 576, 30, 9, 3, 1536, tied=True),
+    "mistral-7b": _llama(32000, 4096, 32, 32, 8, 14336),
+    "llama-2-7b": _llama(32000, 4096, 32, 32, 32, 11008),
+    "llama-2-70b": _llama(32000, 8192, 80, 64, 8, 28672),
+    "llama-3-8b": _llama(128256, 4096, 32, 32, 8, 14336),
+    "llama-3-405b": _llama(128256, 16384, 126, 128, 8, 53248),
+}
+"""The model of `make tour`, and public ones."""
+
+
+def count_parameters(shape: ModelShape) -> dict[str, int]:
+    """How many numbers the model learns, by group, and their `total`. A tied head is counted once."""
+    D, L, M = shape.d_model, shape.n_layers, shape.mlp_width
+    q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width  # H·C and G·C
+    attention = D * (q + 2 * kv) + q * D  # queries, keys and values; then the way back
+    mlp = (3 if shape.gated else 2) * D * M
+    norm = D
+    if shape.bias:
+        attention += q + 2 * kv + D
+        mlp += (2 if shape.gated else 1) * M + D
+        norm += D if shape.norm == "layernorm" else 0
+    groups = {
+        "embedding": shape.vocab_size * D,
+        "positions": shape.learned_positions * D,
+        "attention": L * attention,
+        "mlp": L * mlp,
+        "norms": (2 * L + 1) * norm,  # two in each block, one before the head
+        "head": 0 if shape.tied else shape.vocab_size * D,
+    }
+    return groups | {"total": sum(groups.values())}
+
+
+def flops_per_token(shape: ModelShape, seq_len: int, causal: bool = False) -> dict[str, int]:
+    """FLOPs of the matrix products for one token, term by term, with their sum `forward`, and `training`.
+
+    Training is three times forward: each product forward has two backward, one for the gradient of each
+    factor. Norms, activation functions and the softmax are left out: little in wide models.
+
+    Args:
+        shape: The model.
+        seq_len: T, how many positions a query is compared with.
+        causal: Count only the positions that a token may see, (T + 1) / 2 on average. By custom all T are
+            counted (Chowdhery et al. 2022, "PaLM", appendix B).
+    """
+    D, L, M = shape.d_model, shape.n_layers, shape.mlp_width
+    q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width  # H·C and G·C
+    attended = L * q * (seq_len + 1 if causal else 2 * seq_len)  # 2 FLOPs a channel and position
+    terms = {
+        "projections": 2 * L * D * (2 * q + 2 * kv),
+        "scores": attended,  # query · key
+        "mixing": attended,  # attention weights · values
+        "mlp": 2 * L * (3 if shape.gated else 2) * D * M,
+        "head": 2 * D * shape.vocab_size,  # tied or not: the table is multiplied by, here
+    }
+    forward = sum(terms.values())
+    return terms | {"forward": forward, "training": 3 * forward}
+
+
+def six_nd(n_params: float, n_tokens: float) -> float:
+    """Training FLOPs by the rule of thumb 6·N·D: 2 for each parameter and token forward, 4 backward.
+
+    From Kaplan et al. 2020, section 2.1. It leaves out attention's scores and counts tables as if they were
+    multiplied by: `flops_per_token` does neither.
+    """
+    return 6 * n_params * n_tokens
+
+
+def activation_memory(
+    shape: ModelShape, batch_size: int, seq_len: int, activation_bytes: int = 4
+) -> dict[str, int]:
+    """Bytes that autograd keeps from forward to backward, by term, and their `total`.
+
+    An estimate for a pre-norm model in eager mode with fused attention and norms, and without dropout or
+    recomputation: each layer keeps what its own gradient needs, and what two layers share counts once. Norm
+    statistics, attention's log-sums and the loss are fp32 at any `activation_bytes`.
+    """
+    D, L, M = shape.d_model, shape.n_layers, shape.mlp_width
+    q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width  # H·C and G·C
+    n_norms = 2 * L + 1
+    statistics = 2 if shape.norm == "layernorm" else 1  # mean and scale, or scale alone
+    per_token = {
+        # A norm keeps its input (the residual stream); its output is the input of the next linear layer.
+        "norms": n_norms * (2 * D * activation_bytes + statistics * 4),
+        # Queries, keys, values, the heads' output, and a log-sum for each head.
+        "attention": L * ((q + 2 * kv + q) * activation_bytes + shape.n_heads * 4),
+        # Before and after the activation function; with a gate, the other branch and the product as well.
+        "mlp": L * (4 if shape.gated else 2) * M * activation_bytes,
+        "loss": shape.vocab_size * 4,  # log-probabilities
+    }
+    terms = {name: batch_size * seq_len * n for name, n in per_token.items()}
+    return terms | {"total": sum(terms.values())}
+
+
+def training_memory(
+    shape: ModelShape,
+    batch_size: int,
+    seq_len: int,
+    weight_bytes: int = 4,
+    grad_bytes: int = 4,
+    optimizer_bytes: int = 8,
+    activation_bytes: int = 4,
+) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer states and (estimated) activations, and their `total`.
+
+    The bytes are those for one number, or, for the optimizer, for one parameter: Adam's two moments in fp32
+    are 8. Mixed precision is 2, 2, 12 and 2: the optimizer then holds an fp32 master copy as well
+    (Rajbhandari et al. 2020, "ZeRO", section 3.1).
+    """
+    N = count_parameters(shape)["total"]
+    terms = {
+        "weights": N * weight_bytes,
+        "gradients": N * grad_bytes,
+        "optimizer": N * optimizer_bytes,
+        "activations": activation_memory(shape, batch_size, seq_len, activation_bytes)["total"],
+    }
+    return terms | {"total": sum(terms.values())}
+
+
+def kv_cache_bytes(shape: ModelShape, batch_size: int, seq_len: int, bytes_per_number: int = 2) -> int:
+    """Bytes of the keys and values of all past tokens, which a model that writes keeps: 2·L·B·T·G·C numbers."""
+    numbers = 2 * shape.n_layers * batch_size * seq_len * shape.kv_heads * shape.head_width
+    return numbers * bytes_per_number
+
+
+def training_cost(
+    flops: float,
+    flops_per_second_of_chip: float,
+    utilization: float,
+    watts_per_chip: float,
+    price_per_chip_hour: float,
+    chips: int = 1,
+    overhead: float = 1.0,
+) -> dict[str, float]:
+    """Time, energy and money for so many FLOPs: `chip_hours`, `hours`, `kilowatt_hours`, `money`.
+
+    Args:
+        flops: All of them, say from `six_nd`.
+        flops_per_second_of_chip: The data sheet's peak, for the number format in use and without sparsity.
+        utilization: The share of the peak that is reached, between 0 and 1.
+        watts_per_chip: What a chip draws.
+        price_per_chip_hour: In any currency; `money` is in the same.
+        chips: How many work side by side. Twice as many take half the `hours` and as many `chip_hours`.
+        overhead: The building's energy for each unit that reaches the chips (its "PUE"), 1.1 or so.
+
+    Raises:
+        ValueError: if the utilization is no fraction.
+    """
+    if not 0 < utilization <= 1:
+        raise ValueError(f"utilization is {utilization}: give a fraction, 0.4 for 40 percent")
+    chip_hours = flops / (flops_per_second_of_chip * utilization) / 3600
+    return {
+        "chip_hours": chip_hours,
+        "hours": chip_hours / chips,
+        "kilowatt_hours": chip_hours * watts_per_chip / 1000 * overhead,
+        "money": chip_hours * price_per_chip_hour,
+    }
