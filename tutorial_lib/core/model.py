@@ -21,7 +21,30 @@ from tutorial_lib.core.rope import RopeScaling, RotaryEmbedding
 from tutorial_lib.core.swiglu import SwiGLU
 from tutorial_lib.core.window import SlidingWindow
 
-__all__ = ["ModelConfig", "PRESETS", "TransformerBlock", "Transformer"]
+__all__ = ["TransformerBlock", "ModelConfig", "PRESETS", "Transformer"]
+
+
+class TransformerBlock(nn.Module):
+    """A pre-norm block around any attention and any feed-forward: `x + attn(norm1(x))`, `x + mlp(norm2(x))`."""
+
+    def __init__(
+        self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """`(B, T, D)` in and out; the rest goes to the attention."""
+        x = x + self.dropout(self.attn(self.norm1(x), positions, rope, cache, mask))
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,12 @@ class ModelConfig:
             raise ValueError(f"unknown mlp {self.mlp!r}: choose swiglu, {', '.join(ACTIVATIONS)}")
         if self.positions not in (None, "none", "learned", "sinusoidal"):
             raise ValueError(f"unknown positions {self.positions!r}: choose learned, sinusoidal or none")
+        if self.window == ():
+            raise ValueError("window is an empty tuple: give it a length, or None, for one layer at least")
+        if self.logit_soft_cap is not None and self.logit_soft_cap <= 0:
+            raise ValueError(
+                f"logit_soft_cap is {self.logit_soft_cap}, but must be above 0: use None for no cap"
+            )
 
     def window_of(self, layer: int) -> int | None:
         """How far back this layer sees; None sees all."""
@@ -115,29 +144,6 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 """Shapes of public models."""
-
-
-class TransformerBlock(nn.Module):
-    """A pre-norm block around any attention and any feed-forward: `x + attn(norm1(x))`, `x + mlp(norm2(x))`."""
-
-    def __init__(
-        self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.norm2, self.mlp = norm1, attn, norm2, mlp
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """`(B, T, D)` in and out; the rest goes to the attention."""
-        x = x + self.dropout(self.attn(self.norm1(x), positions, rope, cache, mask))
-        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 class Transformer(nn.Module):

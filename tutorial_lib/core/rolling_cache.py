@@ -40,7 +40,7 @@ class RollingKVCache(KVCache):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # One slot more than sinks and window: the bin. What need not be kept is written there, and nobody
+        # One slot more than sinks and window: the bin. What need not be kept is written there, and no token
         # ever sees it, since its position stays EMPTY.
         super().__init__(batch_size, n_kv_heads, sinks + window + 1, d_head, device, dtype)
         self.window, self.sinks = window, sinks
@@ -57,26 +57,37 @@ class RollingKVCache(KVCache):
         old contents and the whole chunk are handed back, side by side, and the ring keeps only the rest.
         """
         self._check(k)
-        T, S = k.shape[2], self.sinks + self.window
+        k, v = k.type_as(self.keys), v.type_as(self.values)  # scatter does not convert
+        B, _, T, _ = k.shape
         self.padded |= positions.ndim == 2
-        positions = positions.expand(k.shape[0], T)  # (B, T)
-        if T > 1:
-            held = S if self.padded else min(self.length, S)
-            seen = (
-                torch.cat([self.keys[:, :, :held], k], dim=2),  # (B, H, K, C)
-                torch.cat([self.values[:, :, :held], v], dim=2),
-                torch.cat([self.positions[:, :held], positions], dim=1),  # (B, K)
-            )
+        positions = positions.expand(B, T)
+        if T == 1:  # it pushes out only what it can no longer see: no copy is needed, the ring itself will do
+            self._write(k, v, positions)
+            return self._held()
+        old_k, old_v, old_positions = self._held()
+        seen = (
+            torch.cat([old_k, k], dim=2),  # (B, H, K, C)
+            torch.cat([old_v, v], dim=2),
+            torch.cat([old_positions, positions], dim=1),  # (B, K)
+        )
+        self._write(k, v, positions)
+        return seen
+
+    def _held(self) -> tuple[Tensor, Tensor, Tensor]:
+        # Rows of one length fill the slots from the left. Padded rows differ, and they need the bin, too: a
+        # lone padding token must find padding to look at, or its softmax is over nothing.
+        S = self.sinks + self.window
+        held = S + 1 if self.padded else min(self.length, S)
+        return self.keys[:, :, :held], self.values[:, :, :held], self.positions[:, :held]
+
+    def _write(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        # Of a long chunk only the sinks and the last window are written: two tokens for one slot would leave
+        # it open which of them stays. The bin may be written many times over.
         last = positions.max(dim=1, keepdim=True).values  # (B, 1)
         keep = (positions >= 0) & ((positions < self.sinks) | (positions > last - self.window))
-        slots = self.slot(positions).where(keep, S)  # (B, T); S is the bin
+        slots = self.slot(positions).where(keep, self.sinks + self.window)  # (B, T)
         index = slots[:, None, :, None].expand_as(k)
         self.keys.scatter_(2, index, k)
         self.values.scatter_(2, index, v)
         self.positions.scatter_(1, slots, positions.where(keep, EMPTY))
-        self.length += T
-        if T > 1:
-            return seen
-        # One token pushes out only what it can no longer see: no copy is needed, the ring itself will do.
-        held = S if self.padded else min(self.length, S)
-        return self.keys[:, :, :held], self.values[:, :, :held], self.positions[:, :held]
+        self.length += k.shape[2]
