@@ -14,15 +14,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
+from tutorial_lib.core.model import ModelConfig, Transformer
 
 __all__ = ["CheckpointError", "load_model", "save_model"]
+
+KINDS = {"GPT": (GPTConfig, GPT), "Transformer": (ModelConfig, Transformer)}
+"""What a checkpoint can hold, by the name in its header."""
 
 
 class CheckpointError(ValueError):
     """A file that is no checkpoint of ours. The message is one sentence."""
 
 
-def save_model(path: str | Path, model: GPT, about: Mapping[str, Any] | None = None) -> Path:
+def save_model(path: str | Path, model: GPT | Transformer, about: Mapping[str, Any] | None = None) -> Path:
     """Write the model whole or not at all: beside the place first, then renamed into it.
 
     Args:
@@ -33,7 +37,11 @@ def save_model(path: str | Path, model: GPT, about: Mapping[str, Any] | None = N
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del tensors["head.weight"]  # the same tensor as tokens.weight: stored once
-    header = {"config": json.dumps(asdict(model.config)), "about": json.dumps(dict(about or {}))}
+    header = {
+        "kind": type(model).__name__,
+        "config": json.dumps(asdict(model.config)),
+        "about": json.dumps(dict(about or {})),
+    }
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, beside, metadata=header)
@@ -43,7 +51,9 @@ def save_model(path: str | Path, model: GPT, about: Mapping[str, Any] | None = N
     return path
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[GPT | Transformer, dict[str, Any]]:
     """The model in a file, ready to use (eval mode), and what was noted about it.
 
     Raises:
@@ -61,8 +71,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a safetensors file, or was cut short: {error}") from None
     try:
-        config = GPTConfig(**json.loads(header["config"]))
-        model = GPT(config).to(device)
+        make_config, make_model = KINDS[header.get("kind", "GPT")]  # the first checkpoints did not say
+        config = make_config(**json.loads(header["config"]))
+        model = make_model(config).to(device)
         about = json.loads(header.get("about", "{}"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has no usable model configuration in its header: {error}") from None

@@ -46,6 +46,7 @@ class Muon(torch.optim.Optimizer):
         momentum: Memory for the gradient of a matrix (Nesterov's form).
         betas: AdamW's, for the rest.
         eps: AdamW's.
+        ns_steps: Newton–Schulz steps; fewer are cheaper and flatten the singular values less.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        ns_steps: int = 5,
     ) -> None:
-        super().__init__(groups, {"momentum": momentum, "betas": betas, "eps": eps, "muon": False})
+        defaults = {"momentum": momentum, "betas": betas, "eps": eps, "ns_steps": ns_steps, "muon": False}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -82,7 +85,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("m", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov: look one step ahead
-            directions = orthogonalize(torch.stack(updates))  # (N, m, n)
+            directions = orthogonalize(torch.stack(updates), group["ns_steps"])  # (N, m, n)
             size = 0.2 * max(shape) ** 0.5
             for p, direction in zip(same, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
