@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
+from tutorial_lib.core.model import PRESETS, Transformer
 from tutorial_lib.tools.accounting import (
     KNOWN_SHAPES,
     ModelShape,
@@ -80,10 +81,33 @@ def test_gpt3_is_what_its_paper_says():
     assert round(count_parameters(KNOWN_SHAPES["gpt3"])["total"], -8) == 174_600_000_000
 
 
-def test_the_tours_shape_is_the_tours():
-    from tutorial_lib.tour.run import RECIPES
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_every_preset_of_our_transformer(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        model = Transformer(config)
+    learned = config.positions == "learned" or (config.positions is None and not config.rope)
+    shape = ModelShape(
+        config.vocab_size,
+        config.d_model,
+        config.n_layers,
+        config.n_heads,
+        config.n_kv_heads,
+        config.d_head,
+        config.d_mlp,
+        gated=config.mlp == "swiglu",
+        tied=config.tie_embeddings,
+        learned_positions=config.max_seq_len if learned else 0,
+        bias=config.bias,
+        norm=config.norm,
+        qk_norm=config.qk_norm,
+    )
+    assert count_parameters(shape)["total"] == sum(p.numel() for p in model.parameters())
 
-    assert shape_of(RECIPES["tour"].model) == KNOWN_SHAPES["tour"]
+
+def test_the_tiny_gpt_is_what_parts_1_and_2_build():
+    config = GPTConfig(vocab_size=256, max_seq_len=64, d_model=128, n_heads=4, n_layers=2)
+    assert shape_of(config) == KNOWN_SHAPES["tiny-gpt"]
 
 
 def test_a_head_width_of_its_own():

@@ -53,6 +53,8 @@ class ModelShape:
     """Whether linear layers and LayerNorms have a bias. The head never has one, nor has RMSNorm."""
     norm: str = "layernorm"
     """`"layernorm"` or `"rmsnorm"`."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normalized, head by head: 2·C more parameters in each layer."""
 
     def __post_init__(self) -> None:
         if self.norm not in ("layernorm", "rmsnorm"):
@@ -94,7 +96,7 @@ def _llama(
 
 
 KNOWN_SHAPES: dict[str, ModelShape] = {
-    "tour": ModelShape(256, 128, 2, 4, learned_positions=64),
+    "tiny-gpt": ModelShape(256, 128, 2, 4, learned_positions=64),
     "gpt2": ModelShape(50257, 768, 12, 12, learned_positions=1024),
     "gpt3": ModelShape(50257, 12288, 96, 96, learned_positions=2048),
     "smollm2-135m": _llama(49152, 576, 30, 9, 3, 1536, tied=True),
@@ -104,7 +106,7 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
     "llama-3-8b": _llama(128256, 4096, 32, 32, 8, 14336),
     "llama-3-405b": _llama(128256, 16384, 126, 128, 8, 53248),
 }
-"""The model of `make tour`, and public ones."""
+"""What Parts 1 and 2 build, and public models."""
 
 
 def count_parameters(shape: ModelShape) -> dict[str, int]:
@@ -113,7 +115,7 @@ def count_parameters(shape: ModelShape) -> dict[str, int]:
     q, kv = shape.n_heads * shape.head_width, shape.kv_heads * shape.head_width  # H·C and G·C
     attention = D * (q + 2 * kv) + q * D  # queries, keys and values; then the way back
     mlp = (3 if shape.gated else 2) * D * M
-    norm = D
+    norm = D  # two in each block, and one before the head
     if shape.bias:
         attention += q + 2 * kv + D
         mlp += (2 if shape.gated else 1) * M + D
@@ -123,7 +125,7 @@ def count_parameters(shape: ModelShape) -> dict[str, int]:
         "positions": shape.learned_positions * D,
         "attention": L * attention,
         "mlp": L * mlp,
-        "norms": (2 * L + 1) * norm,  # two in each block, one before the head
+        "norms": (2 * L + 1) * norm + (2 * L * shape.head_width if shape.qk_norm else 0),
         "head": 0 if shape.tied else shape.vocab_size * D,
     }
     return groups | {"total": sum(groups.values())}
@@ -186,6 +188,8 @@ def activation_memory(
         "mlp": L * (4 if shape.gated else 2) * M * activation_bytes,
         "loss": shape.vocab_size * 4,  # log-probabilities
     }
+    if shape.qk_norm:  # queries and keys once more, as they were before, and a scale for each head
+        per_token["norms"] += L * ((q + kv) * activation_bytes + (shape.n_heads + shape.kv_heads) * 4)
     terms = {name: batch_size * seq_len * n for name, n in per_token.items()}
     return terms | {"total": sum(terms.values())}
 

@@ -76,8 +76,8 @@ def _cpuinfo() -> str:
 def autocast_dtype(device: torch.device | str) -> torch.dtype:
     """The format for `torch.autocast` on this device; fp32 means: leave autocast off, it would not help.
 
-    bf16 where the hardware has it. Otherwise fp16 on a GPU (which then needs a loss scaler, since fp16 has a
-    small range), and fp32 on a CPU.
+    bf16 where the hardware has it. Otherwise fp16 on a GPU, where training then needs a loss scaler, since fp16
+    has a small range; and fp32 on a CPU.
 
         dtype = autocast_dtype(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32): ...
