@@ -8,7 +8,7 @@ cache change the answer, does only the distance matter.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tutorial_lib.checks.spec import Failure, Judge, Probe, same_value
 __all__ = [
     "brief",
     "causality",
+    "differs_with_cache",
     "equals",
     "fill_by_name",
     "holds",
@@ -226,3 +227,25 @@ def causality(build: Callable[[Any], Callable[[Tensor], Tensor]], x: Tensor) -> 
             return layer(x.clone()), leaks(layer, x)
 
     return Probe("no output sees the future", run, holds(lambda result: result[1]))
+
+
+def differs_with_cache(model: Any, ids: Tensor, sizes: Sequence[int], atol: float = 1e-5) -> str | None:
+    """Whether a KV cache changes what a model says: read at once without one, and in pieces with one.
+
+    Args:
+        model: Called with `(ids, cache=…)`, gives logits `(B, T, V)`; its `new_cache(B, T)` gives a cache.
+        ids: `(B, T)`.
+        sizes: Lengths of the pieces; their sum is T.
+
+    Returns:
+        None, or a sentence such as "read in pieces of 6, 6, the output at token 6 is off by 0.42".
+    """
+    with torch.no_grad():
+        expected, cache = model(ids), model.new_cache(*ids.shape)
+        pieces = [model(piece, cache=cache) for piece in ids.split(list(sizes), dim=1)]
+    off = (torch.cat(pieces, dim=1) - expected).abs().amax(dim=(0, 2))
+    if bool((off <= atol).all()):
+        return None
+    first = int((~(off <= atol)).nonzero()[0])
+    shown = ", ".join(map(str, sizes[:6])) + (", …" if len(sizes) > 6 else "")
+    return f"read in pieces of {shown}, the output at token {first} is off by {off[first]:.2g}"

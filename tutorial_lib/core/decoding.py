@@ -52,26 +52,31 @@ def generate_cached(
         ids: The prompt; with a `cache` that already holds a conversation, what is new in it.
         max_new_tokens: How many to write.
         positions: Where the tokens stand, `(B, T)` from `left_pad`, when prompts differ in length.
-        cache: From `model.new_cache`; one that is just large enough when None.
+        cache: From `model.new_cache`; one that is just large enough when None. The last token written is not
+            in it yet: to go on later, begin the next `ids` with that token.
         chunk: Read the prompt in pieces of this many tokens, which bounds the memory; whole when None.
         eos_id: Stop when every row has written it; a row that has finished repeats it.
 
     Raises:
-        ValueError: at the first token, if `ids` is empty or `how` asks for something impossible.
+        ValueError: at the first token, if `ids` is empty or `how` or `chunk` asks for something impossible.
     """
     B, T = ids.shape
     if T == 0:
         raise ValueError("nothing to write on from: give at least one token")
+    chunk = T if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, but a piece has at least one token")
     was_training = model.training
     model.eval()
     finished = torch.zeros(B, dtype=torch.bool, device=ids.device)
     if cache is None:
         cache = model.new_cache(B, T + max_new_tokens)
     try:
-        for start in range(0, T, chunk or T):
-            piece = slice(start, start + (chunk or T))
+        for start in range(0, T, chunk):
+            piece = slice(start, start + chunk)
             hidden = model.hidden(ids[:, piece], None if positions is None else positions[:, piece], cache)
-        written = ids
+        # Padding was never written, so the repetition penalty must not see it: the last token takes its place.
+        written = ids if positions is None else ids.where(positions >= 0, ids[:, -1:])
         for left in reversed(range(max_new_tokens)):
             token = sample(model.logits(hidden[:, -1]), written, **how)  # (B,); only the last one speaks
             if eos_id is not None:

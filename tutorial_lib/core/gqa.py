@@ -5,6 +5,7 @@ Letters: B batch · T new tokens · K keys · H query heads · G key heads · C 
 """
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tutorial_lib.core.kv_cache import KVCache
@@ -120,20 +121,24 @@ class GroupedQueryAttention(nn.Module):
         key_positions = positions
         if cache is not None:
             k, v, key_positions = cache.append(k, v, positions)  # (B, G, K, C), (B, K)
+            k, v = k.type_as(q), v.type_as(q)  # a cache may keep numbers in a smaller type than the model
         padded = positions.ndim == 2 or (cache is not None and cache.padded)
-        visible, is_causal = self._visible(positions, key_positions, padded)
-        if mask is not None:
-            if is_causal:
-                visible = self.rule(positions, key_positions)
-            visible, is_causal = (mask if visible is None else visible & mask), False
+        visible, is_causal = self._visible(positions, key_positions, padded, mask)
+        one_token = x.shape[1] == 1 and mask is None
+        if one_token:  # the queries of a group line up before their key head, like tokens: nothing is copied
+            q = rearrange(q, "b (g h) 1 c -> b g h c", g=self.n_kv_heads)
+        else:
+            k, v = self._share(k), self._share(v)
         mixed = F.scaled_dot_product_attention(
             q,
-            self._share(k),
-            self._share(v),
+            k,
+            v,
             attn_mask=visible,
             is_causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0,  # the kernel does not know about .eval()
         )
+        if one_token:
+            mixed = rearrange(mixed, "b g h c -> b (g h) 1 c")
         return self.out(merge_heads(mixed))  # (B, H, T, C) -> (B, T, D)
 
     def project(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,13 +156,16 @@ class GroupedQueryAttention(nn.Module):
         groups = self.n_heads // self.n_kv_heads
         return k if groups == 1 else k.repeat_interleave(groups, dim=1)  # (B, G, K, C) -> (B, H, K, C)
 
-    def _visible(self, positions: Tensor, key_positions: Tensor, padded: bool) -> tuple[Tensor | None, bool]:
+    def _visible(
+        self, positions: Tensor, key_positions: Tensor, padded: bool, mask: Tensor | None
+    ) -> tuple[Tensor | None, bool]:
         # What the kernel needs: a mask, or is_causal, or neither when the newest token may see everything.
         T, K = positions.shape[-1], key_positions.shape[-1]
-        if not padded and self.rule.covers(K):
-            if T == K:
-                return None, True
+        if mask is None and not padded and self.rule.covers(K):
             if T == 1:  # is_causal would align the lone query with the first key, and see nothing else
                 return None, False
-        visible = self.rule(positions, key_positions)
-        return (visible[:, None] if visible.ndim == 3 else visible), False  # (B, 1, T, K) or (T, K)
+            if T == K:
+                return None, True
+        visible = self.rule(positions, key_positions)  # (B, T, K) or (T, K)
+        visible = visible[:, None] if visible.ndim == 3 else visible  # (B, 1, T, K): the same for all heads
+        return (visible if mask is None else visible & mask), False
