@@ -122,6 +122,7 @@ class ModelConfig:
         return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
 
 
+# Shapes of public models.
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": ModelConfig(
         50257, 1024, 768, 12, n_layers=12, norm="layernorm", mlp="gelu_tanh", rope=False, bias=True
@@ -143,7 +144,6 @@ PRESETS: dict[str, ModelConfig] = {
         151936, 40960, 1024, 16, 8, 28, 128, 3072, norm_eps=1e-6, rope_base=1_000_000.0, qk_norm=True
     ),
 }
-"""Shapes of public models."""
 
 
 class Transformer(nn.Module):
