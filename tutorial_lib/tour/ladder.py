@@ -1,4 +1,4 @@
-"""From GPT-2's architecture to the tour's, one change at a time, every rung for the same seconds.
+"""From GPT-2's architecture and AdamW to a modern model and Muon, one change at a time, the same seconds each.
 
     python -m tutorial_lib.tour.ladder --seconds 120 --seeds 3
 
@@ -21,13 +21,13 @@ import torch
 from tutorial_lib.core.model import ModelConfig
 from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import random_batches
-from tutorial_lib.tour.run import RECIPES, Recipe, machine
+from tutorial_lib.tour.run import Recipe, machine
 from tutorial_lib.train.evaluate import evaluate, split_train_val
 from tutorial_lib.train.loop import TrainConfig, train
 
 __all__ = ["RUNGS", "Result", "climb", "climb_one", "measured"]
 
-_T = RECIPES["tour"].model.max_seq_len
+_T, _BATCH = 128, 8
 _ADAMW = TrainConfig(steps=1_000_000, max_seconds=120, lr=4e-3, warmup=0.05, lr_floor=0.0, betas=(0.9, 0.99))
 _GPT2 = ModelConfig(
     max_seq_len=_T, d_model=128, n_heads=4, n_layers=3,
@@ -39,14 +39,14 @@ _SWIGLU = replace(_ROPE, mlp="swiglu")
 _QK_NORM = replace(_SWIGLU, qk_norm=True)
 
 RUNGS: list[Recipe] = [
-    Recipe("GPT-2 style", _GPT2, _ADAMW, RECIPES["tour"].batch_size),
-    Recipe("+ RMSNorm, no biases", _RMSNORM, _ADAMW, RECIPES["tour"].batch_size),
-    Recipe("+ RoPE", _ROPE, _ADAMW, RECIPES["tour"].batch_size),
-    Recipe("+ SwiGLU", _SWIGLU, _ADAMW, RECIPES["tour"].batch_size),
-    Recipe("+ QK-norm", _QK_NORM, _ADAMW, RECIPES["tour"].batch_size),
-    replace(RECIPES["tour"], name="+ Muon (the tour)"),
+    Recipe("GPT-2 style", _GPT2, _ADAMW, _BATCH),
+    Recipe("+ RMSNorm, no biases", _RMSNORM, _ADAMW, _BATCH),
+    Recipe("+ RoPE", _ROPE, _ADAMW, _BATCH),
+    Recipe("+ SwiGLU", _SWIGLU, _ADAMW, _BATCH),
+    Recipe("+ QK-norm", _QK_NORM, _ADAMW, _BATCH),
+    Recipe("+ Muon", _QK_NORM, replace(_ADAMW, lr=2e-3, betas=(0.9, 0.95)), _BATCH, muon_lr=8e-3),
 ]
-"""The tour's model has the shape of the fifth rung."""
+"""The tour is the last rung with its width, batch and rates tuned."""
 
 
 @dataclass(frozen=True)

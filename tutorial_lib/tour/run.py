@@ -44,6 +44,8 @@ class Recipe:
     batch_size: int
     muon_lr: float | None = None
     """Peak rate of the matrices in the blocks, if Muon trains them; `training.lr` is for the rest."""
+    muon_momentum: float = 0.95
+    """Muon's memory for the gradient."""
 
     def make_model(self) -> GPT | Transformer:
         """The model, with fresh weights."""
@@ -54,16 +56,30 @@ class Recipe:
         if self.muon_lr is None:
             return make_optimizer(model, self.training)
         groups = muon_groups(model, self.muon_lr, self.training.lr, self.training.weight_decay)
-        return Muon(groups, betas=self.training.betas)
+        return Muon(groups, self.muon_momentum, self.training.betas)
 
 
 RECIPES = {
+    # The best of some 140 runs on a GPU, each as many steps long as two cores were expected to manage in the
+    # time (they were judged by the text that the tour validates on, which flatters the result a little).
     "tour": Recipe(
         "tour",
-        ModelConfig(max_seq_len=128, d_model=128, n_heads=4, n_layers=3, qk_norm=True),
-        TrainConfig(steps=1_000_000, max_seconds=120, lr=2e-3, warmup=0.05, lr_floor=0.0),
-        batch_size=8,
-        muon_lr=8e-3,
+        ModelConfig(
+            max_seq_len=128, d_model=112, n_heads=4, n_layers=3, d_mlp=256, qk_norm=True, tie_embeddings=False
+        ),
+        TrainConfig(
+            steps=1_000_000,
+            max_seconds=120,
+            lr=4.5e-3,
+            warmup=0.02,
+            lr_floor=0.0,
+            betas=(0.9, 0.99),
+            weight_decay=0.2,
+            grad_clip=0.5,
+        ),
+        batch_size=16,
+        muon_lr=6e-3,
+        muon_momentum=0.85,
     ),
     # The best that a sweep of some 100 runs found for Part 2's model and AdamW in the same time: two layers
     # get through more text than four, and four to six times the usual peak rate of 1e-3 is worth 0.1 nats
@@ -182,7 +198,11 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
     described = {
         "name": recipe.name,
         "model": asdict(recipe.model),
-        "training": {**asdict(recipe.training), "muon_lr": recipe.muon_lr},
+        "training": {
+            **asdict(recipe.training),
+            "muon_lr": recipe.muon_lr,
+            "muon_momentum": recipe.muon_momentum,
+        },
         "batch_size": recipe.batch_size,
     }
     story = Story(described, dataset, seed, model.num_params(), len(train_part), len(val_part), machine())
