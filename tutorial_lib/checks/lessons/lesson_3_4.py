@@ -565,4 +565,119 @@ FORK = Exercise(
     ],
 )
 
-EXERCISES = [STEP, PIECES, FORK]
+
+# --- 3.4.d --------------------------------------------------------------------------------------------------
+
+
+def share_heads(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    """The reference."""
+    if n_heads % n_kv_heads:
+        raise ValueError(f"{n_heads} heads cannot be cut into {n_kv_heads} equal groups")
+    groups = weight.reshape(n_kv_heads, n_heads // n_kv_heads, -1, *weight.shape[1:])
+    return groups.mean(dim=1).flatten(0, 1)
+
+
+def _pool(pool: Callable[[Tensor, int, int], Tensor]) -> Callable[[Tensor, int, int], Tensor]:
+    """Heads `(H, C, ...)` to groups `(G, C, ...)`, with all the rest as in the reference."""
+
+    def wrong(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+        if n_heads % n_kv_heads:
+            raise ValueError("unequal groups")
+        heads = weight.reshape(n_heads, -1, *weight.shape[1:])
+        return pool(heads, n_heads, n_kv_heads).flatten(0, 1)
+
+    return wrong
+
+
+def _channels_outside(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    if n_heads % n_kv_heads:
+        raise ValueError("unequal groups")
+    groups = weight.reshape(-1, n_kv_heads, n_heads // n_kv_heads, *weight.shape[1:])  # (C, G, H/G, ...)
+    return groups.mean(dim=2).flatten(0, 1)
+
+
+def _never_complains(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    size = n_heads // n_kv_heads
+    heads = weight.reshape(n_heads, -1, *weight.shape[1:])[: n_kv_heads * size]
+    return heads.unflatten(0, (n_kv_heads, size)).mean(dim=1).flatten(0, 1)
+
+
+def _twins(share: Any) -> Tensor:
+    """A layer whose heads are equal within each group must not notice."""
+    few = fill_by_name(GroupedQueryAttention(12, 6, 2))
+    many = fill_by_name(GroupedQueryAttention(12, 6, 6))
+    again = fill_by_name(GroupedQueryAttention(12, 6, 2))
+    x, positions = randn(2, 5, 12), torch.arange(5)
+    with torch.no_grad():
+        for name in ("k", "v"):
+            weight = getattr(few, name).weight
+            copies = weight.reshape(2, 1, 2, 12).expand(2, 3, 2, 12).reshape(12, 12)
+            getattr(many, name).weight.copy_(copies)
+            getattr(again, name).weight.copy_(share(copies.clone(), 6, 2))
+        return again(x, positions) - many(x, positions)
+
+
+def _unchanged(share: Any) -> tuple[Tensor, Tensor]:
+    weight = randn(12, 3)
+    return share(weight, 6, 3), weight
+
+
+SHARE = Exercise(
+    id="3.4.d",
+    symbol="share_heads",
+    reference=share_heads,
+    look_again="Grouped-query attention is why it fits",
+    probes=[
+        Probe("shape and dtype", lambda f: f(randn(24, 5), 6, 2), same_shape),
+        Probe("as many as before: unchanged", lambda f: f(randn(8, 3), 4, 4), equals()),
+        Probe(
+            "four heads of two channels to two, by hand",
+            lambda f: f(torch.arange(8.0)[:, None] * torch.ones(1, 2), 4, 2),
+            equals(),
+            given="rows 0, 1 | 2, 3 | 4, 5 | 6, 7 are four heads: the first group's mean is 1, 2",
+        ),
+        Probe("heads equal within a group: nothing is lost", _twins, equals()),
+        Probe("equals the reference", lambda f: f(randn(24, 7, seed=3), 8, 2), equals()),
+        Probe("one head for all", lambda f: f(randn(15, 4, seed=4), 5, 1), equals()),
+        Probe("a bias", lambda f: f(randn(12, seed=5), 6, 3), equals()),
+        Probe("the weight stays as it is", _unchanged, equals()),
+        Probe("5 heads, 2 groups: a ValueError", lambda f: outcome(lambda: f(randn(10, 3), 5, 2)), equals()),
+    ],
+    misconceptions=[
+        Misconception(
+            "groups in turns",
+            _pool(lambda heads, H, G: heads.unflatten(0, (H // G, G)).mean(dim=0)),
+            "Head h went to group h % G. Neighbors share a key head: with 4 heads and 2 groups, heads 0 and 1 are the "
+            "first group, so the first of the two dimensions must count groups, and the second members.",
+        ),
+        Misconception(
+            "the first of each group",
+            _pool(lambda heads, H, G: heads[:: H // G]),
+            "You kept one head of each group and threw the others away. Their queries were trained with keys of their "
+            "own; the mean keeps something of each.",
+        ),
+        Misconception(
+            "the sum",
+            _pool(lambda heads, H, G: heads.unflatten(0, (G, H // G)).sum(dim=1)),
+            "You added the heads up. Keys that are H / G times too long make scores that are as many times too large.",
+        ),
+        Misconception(
+            "the mean of all heads",
+            _pool(lambda heads, H, G: heads.mean(dim=0, keepdim=True).expand(G, *heads.shape[1:])),
+            "Every group got the mean of all heads. Only the members of a group are averaged.",
+        ),
+        Misconception(
+            "channels outside, heads inside",
+            _channels_outside,
+            "You read the rows as channel by channel, each with all heads. They lie head by head: the first C rows are "
+            "head 0. The order is (group, member, channel).",
+        ),
+        Misconception(
+            "heads left over are dropped",
+            _never_complains,
+            "With 5 heads and 2 groups one head was silently left out: say so with a ValueError.",
+        ),
+    ],
+)
+
+EXERCISES = [STEP, PIECES, FORK, SHARE]
