@@ -11,13 +11,58 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "RopeScaling",
-    "rope_frequencies",
     "apply_rope",
     "interleaved_to_half",
     "half_to_interleaved",
+    "RopeScaling",
+    "rope_frequencies",
     "RotaryEmbedding",
 ]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair `(i, i + C/2)` of queries or keys by the angle of its position.
+
+    The half-split layout of Llama and of Hugging Face's weights: the pair's first numbers are the first half
+    of the channels. (The paper's own layout interleaves: pairs `(2i, 2i + 1)`; see `interleaved_to_half`.)
+
+    Args:
+        x: Queries or keys `(B, H, T, C)`.
+        cos: Cosines of the angles `(T, C/2)`, or `(B, 1, T, C/2)` when rows stand at different positions.
+        sin: Their sines, of the same shape.
+
+    Returns:
+        `(B, H, T, C)` in the type of `x`. Lengths are unchanged: a rotation moves nothing nearer to zero.
+
+    Raises:
+        ValueError: if there are not C/2 angles.
+    """
+    if x.shape[-1] != 2 * cos.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} channels, but there are angles for {2 * cos.shape[-1]}")
+    first, second = x.float().chunk(2, dim=-1)  # (B, H, T, C/2) each
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.type_as(x)
+
+
+def interleaved_to_half(weight: Tensor, n_heads: int) -> Tensor:
+    """Reorder the output rows of a query or key projection from pairs `(2i, 2i+1)` to pairs `(i, i + C/2)`.
+
+    Queries and keys reordered alike have the same products, so nothing else in the model changes.
+
+    Args:
+        weight: `(n_heads·C, ...)`: the weight of a linear layer, or its bias.
+        n_heads: Heads in this projection (key heads for the key projection).
+    """
+    C = weight.shape[0] // n_heads
+    pairs = weight.reshape(n_heads, C // 2, 2, *weight.shape[1:])  # head, pair, which of the two
+    return pairs.transpose(1, 2).reshape(weight.shape)
+
+
+def half_to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `interleaved_to_half`."""
+    C = weight.shape[0] // n_heads
+    halves = weight.reshape(n_heads, 2, C // 2, *weight.shape[1:])  # head, which of the two, pair
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 @dataclass(frozen=True)
@@ -64,57 +109,18 @@ def rope_frequencies(
         raise ValueError(f"d_head is {d_head}, but RoPE turns channels in pairs: use an even number")
     if scaling is not None and scaling.kind == "ntk":
         base = base * scaling.factor ** (d_head / max(d_head - 2, 1))  # the slowest hand: exactly 1/factor
-    frequency = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32, device=device) / d_head)  # (C/2,)
+    # One over a power, as Llama's code has it, and not a negative power: at position 5000 the last bit counts.
+    frequency = 1 / base ** (
+        torch.arange(0, d_head, 2, dtype=torch.float32, device=device) / d_head
+    )  # (C/2,)
     if scaling is None or scaling.kind == "ntk":
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    turns = scaling.original_max_seq_len * frequency / (2 * math.pi)  # full turns in the original context
+    turns = scaling.original_max_seq_len / (2 * math.pi / frequency)  # full turns in the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     fast = ((turns - low) / (high - low)).clamp(0, 1)  # 0 for slow hands, 1 for fast ones
-    return frequency * (fast + (1 - fast) / scaling.factor)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair `(i, i + C/2)` of queries or keys by the angle of its position.
-
-    The half-split layout of Llama and of Hugging Face's weights: the pair's first numbers are the first half
-    of the channels. (The paper's own layout interleaves: pairs `(2i, 2i + 1)`; see `interleaved_to_half`.)
-
-    Args:
-        x: Queries or keys `(B, H, T, C)`.
-        cos: Cosines of the angles `(T, C/2)`, or `(B, 1, T, C/2)` when rows stand at different positions.
-        sin: Their sines, of the same shape.
-
-    Returns:
-        `(B, H, T, C)` in the type of `x`. Lengths are unchanged: a rotation moves nothing nearer to zero.
-    """
-    if x.shape[-1] != 2 * cos.shape[-1]:
-        raise ValueError(f"x has {x.shape[-1]} channels, but there are angles for {2 * cos.shape[-1]}")
-    first, second = x.float().chunk(2, dim=-1)  # (B, H, T, C/2) each
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.type_as(x)
-
-
-def interleaved_to_half(weight: Tensor, n_heads: int) -> Tensor:
-    """Reorder the output rows of a query or key projection from pairs `(2i, 2i+1)` to pairs `(i, i + C/2)`.
-
-    Queries and keys reordered alike have the same products, so nothing else in the model changes.
-
-    Args:
-        weight: `(n_heads·C, ...)`: the weight of a linear layer, or its bias.
-        n_heads: Heads in this projection (key heads for the key projection).
-    """
-    C = weight.shape[0] // n_heads
-    pairs = weight.reshape(n_heads, C // 2, 2, *weight.shape[1:])  # head, pair, which of the two
-    return pairs.transpose(1, 2).reshape(weight.shape)
-
-
-def half_to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
-    """The inverse of `interleaved_to_half`."""
-    C = weight.shape[0] // n_heads
-    halves = weight.reshape(n_heads, 2, C // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
+    return fast * frequency + (1 - fast) * frequency / scaling.factor
 
 
 class RotaryEmbedding(nn.Module):
