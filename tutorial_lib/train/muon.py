@@ -14,8 +14,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
     """Push all singular values of each matrix towards 1 (Newton–Schulz, with Jordan's coefficients).
 
     With M = U S Vᵀ, an odd polynomial in M acts on S alone: a·M + b·(M Mᵀ) M + c·(M Mᵀ)² M has the singular
-    values a·s + b·s³ + c·s⁵. These coefficients rise steeply at 0 and end between about 0.7 and 1.2, which
-    is near enough, and cheaper than an SVD.
+    values a·s + b·s³ + c·s⁵. These coefficients rise steeply at 0: five steps bring all s
+    from 0.002 (of the matrix's norm) to 1 between 0.68 and 1.2, which is near enough, and cheaper than an SVD.
+    Fainter directions are lifted by a⁵ = 485.
 
     Args:
         matrices: `(..., m, n)`.
