@@ -22,7 +22,7 @@ class SwiGLU(nn.Module):
     Args:
         d_model: Width of the residual stream.
         d_mlp: Width in the middle; when None, `gated_width(d_model)`: as many parameters as a plain MLP.
-        activation: What bends the gate: `silu` makes it SwiGLU, `gelu` GEGLU.
+        activation: What bends the gate: `silu` makes it SwiGLU, `gelu` GEGLU, `relu` ReGLU.
         bias: Whether the three projections have one.
 
     Raises:
