@@ -515,4 +515,106 @@ EXTEND = Exercise(
     ],
 )
 
-EXERCISES = [BUILD, DEBUG, EXTEND]
+# --- 3.2.d --------------------------------------------------------------------------------------------------
+
+
+def _frequencies(d_head: int, base: float) -> Tensor:
+    if d_head % 2:
+        raise ValueError("odd")
+    return base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+
+
+def ntk_frequencies(d_head: int, base: float, factor: float) -> Tensor:
+    """The reference."""
+    return _frequencies(d_head, base * factor ** (d_head / (d_head - 2)) if d_head > 2 else base)
+
+
+def _ntk_base_times_factor(d_head: int, base: float, factor: float) -> Tensor:
+    return _frequencies(d_head, base * factor)
+
+
+def _ntk_linear(d_head: int, base: float, factor: float) -> Tensor:
+    return _frequencies(d_head, base) / factor
+
+
+def _ntk_upside_down(d_head: int, base: float, factor: float) -> Tensor:
+    return _frequencies(d_head, base * factor ** ((d_head - 2) / d_head))
+
+
+def _ntk_faster(d_head: int, base: float, factor: float) -> Tensor:
+    return _frequencies(d_head, base / factor ** (d_head / (d_head - 2)) if d_head > 2 else base)
+
+
+def _ntk_slowest_only(d_head: int, base: float, factor: float) -> Tensor:
+    frequencies = _frequencies(d_head, base)
+    frequencies[1:][-1:] /= factor
+    return frequencies
+
+
+def _ntk_even_steps(d_head: int, base: float, factor: float) -> Tensor:
+    return _frequencies(d_head, base) / torch.linspace(1, factor, d_head // 2)
+
+
+NTK = Exercise(
+    id="3.2.d",
+    symbol="ntk_frequencies",
+    reference=ntk_frequencies,
+    equivalent_mutants={
+        "`2` became `3`": "d_head is even, so more than 2 and more than 3 are the same",
+        "`torch.arange(0, d_head, 2, dtype=torch.float32)` became `torch.arange(0, d_head, 2)`": "the division "
+        "makes fp32 of it",
+    },
+    look_again="Reading further than one was trained to",
+    probes=[
+        Probe("shape and dtype", lambda f: f(16, 10_000.0, 4.0), same_shape),
+        Probe("factor 1 changes nothing", lambda f: f(12, 500.0, 1.0), equals()),
+        Probe(
+            "two hands, by hand",
+            lambda f: f(4, 100.0, 4.0),
+            equals(digits=4),
+            given="C = 4, base 100, factor 4: the hands turned 1 and 0.1, and shall turn 1 and 0.1 / 4",
+        ),
+        Probe("equals the reference", lambda f: torch.log(f(32, 10_000.0, 8.0)), equals()),
+        Probe("only one hand", lambda f: f(2, 10_000.0, 8.0), equals()),
+        Probe("an odd d_head: a ValueError", lambda f: outcome(lambda: f(7, 10_000.0, 2.0)), equals()),
+    ],
+    misconceptions=[
+        Misconception(
+            "the base times the factor",
+            _ntk_base_times_factor,
+            "You multiplied the base by s. The slowest hand feels only the power (C − 2) / C of its base, so it came "
+            "out less than s times slower: the base must grow by a little more.",
+        ),
+        Misconception(
+            "all hands slowed alike",
+            _ntk_linear,
+            "That is linear scaling: every hand is s times slower, the fastest as well. Here the base changes, so that "
+            "the fastest keeps its 1.",
+        ),
+        Misconception(
+            "the exponent upside down",
+            _ntk_upside_down,
+            "The base grew by s to the power (C − 2) / C. Solve for it once more: k to that power must be s.",
+        ),
+        Misconception(
+            "faster instead of slower",
+            _ntk_faster,
+            "The base got smaller, so the slow hands turn faster and go round before the context ends. A larger base "
+            "means slower hands.",
+        ),
+        Misconception(
+            "only the slowest hand",
+            _ntk_slowest_only,
+            "You slowed the last hand and left the others. One new base changes all of them, each a little more than the "
+            "one before.",
+        ),
+        Misconception(
+            "in even steps",
+            _ntk_even_steps,
+            "You divided the frequencies by numbers that rise evenly from 1 to s. With a new base the slowdowns are powers "
+            "of one number: they rise by equal factors, not by equal amounts.",
+        ),
+    ],
+)
+
+EXERCISES = [BUILD, DEBUG, EXTEND, NTK]
