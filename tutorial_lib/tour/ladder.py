@@ -3,7 +3,8 @@
     python -m tutorial_lib.tour.ladder --seconds 120 --seeds 3
 
 Each rung keeps the changes of the rungs below it. Width, depth, batch and text are the same for all. AdamW's
-rate is the one that served the first rung best, so no later rung owes its gain to tuning.
+rate is the one that served the first rung best, so no AdamW rung owes its gain to tuning; Muon has rates of its
+own.
 """
 
 from __future__ import annotations
