@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
+from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.core.rope import RopeScaling
 from tutorial_lib.train.checkpoint import CheckpointError, load_model, save_model
 
 SMALL = {"vocab_size": 50, "max_seq_len": 16, "d_model": 32, "n_heads": 2, "n_layers": 2}
@@ -26,6 +28,32 @@ def test_round_trip_is_exact(tmp_path, tie):
     assert about == {"step": 7} and again.config == model.config and not again.training
     assert torch.equal(again(ids), model(ids))
     assert (again.head.weight is again.tokens.weight) == tie
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"tie_embeddings": False, "n_kv_heads": 1, "qk_norm": True},
+        {"window": (4, None), "sinks": 2, "rope_scaling": RopeScaling("llama3", 8.0, 16)},
+        {"rope": False, "norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "logit_soft_cap": 15.0},
+    ],
+)
+def test_the_modern_model_comes_back_as_it_was(tmp_path, more):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**SMALL, **more)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    again, _ = load_model(save_model(tmp_path / "m.safetensors", model))
+    ids = torch.randint(0, 50, (2, 16))
+    assert isinstance(again, Transformer) and again.config == model.config
+    assert torch.equal(again(ids), model(ids))
+
+
+def test_a_kind_that_nobody_knows(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"kind": "Mamba", "config": "{}"})
+    assert "no usable model configuration" in sentence(path) and "Mamba" in sentence(path)
 
 
 @pytest.fixture
