@@ -12,8 +12,9 @@ __all__ = ["SlidingWindow"]
 class SlidingWindow(Causal):
     """Each token sees the last `window` tokens, itself among them, and the first `sinks` of the text.
 
-    Window: Beltagy et al. 2020; sinks: Xiao et al. 2023, "Efficient Streaming Language Models with Attention
-    Sinks". The same rule serves training, prefill and decode, since it only looks at positions.
+    Window: Beltagy et al. 2020, "Longformer", section 3.1; sinks: Xiao et al. 2023, "Efficient Streaming
+    Language Models with Attention Sinks". The same rule serves training, prefill and decode, since it only
+    looks at positions.
 
     Args:
         window: How many tokens back, the token itself included; at least 1.
@@ -38,4 +39,4 @@ class SlidingWindow(Causal):
         """Bool `(B, T, K)` or `(T, K)`, from positions, as in `Causal`."""
         query, key = query_positions[..., :, None], key_positions[..., None, :]
         near = (query - key < self.window) | (key < self.sinks)
-        return super().__call__(query_positions, key_positions) & near
+        return super().__call__(query_positions, key_positions) & near  # the sinks' future stays hidden, too
