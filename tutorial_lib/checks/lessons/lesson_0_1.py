@@ -200,10 +200,10 @@ MEMORY = Exercise(
     ],
     misconceptions=[
         Misconception(
-            "the code as given",
+            "the optimizer as given",
             _memory_variant(master=0, moments=4, whole_batch=False),
-            "This is the code as it was given. Start with the optimizer: its master copy and both of its moments are "
-            "fp32, 4 bytes for each number.",
+            "The optimizer's two terms are still as they were given. Its master copy and both of its moments are fp32, "
+            "4 bytes for each number.",
         ),
         Misconception(
             "no master copy",
@@ -409,7 +409,7 @@ PLAN = Exercise(
         Misconception(
             "the ratio upside down",
             _plan_variant(finish=_upside_down),
-            "You have more parameters than tokens. r is how many tokens each parameter sees: D = r · N.",
+            "You have more parameters than tokens (or they changed places on the way out). r is how many tokens each parameter sees: D = r · N.",
         ),
         Misconception(
             "percent go through",
