@@ -74,10 +74,12 @@ def _quadratic(x: Tensor) -> Tensor:
     return x[0] ** 2 + 3 * x[0] * x[1]
 
 
+_COLUMNS = randn(3, 2, seed=9)
+
+
 def _bent(x: Tensor) -> Tensor:
     """Of a matrix of three columns; every entry matters differently."""
-    w = randn(3, 2, seed=9).to(x.dtype)
-    return (x @ w).sin().square().sum() + (x**3).mean() + 40
+    return (x @ _COLUMNS.to(x.dtype)).sin().square().sum() + (x**3).mean() + 40
 
 
 def _afterwards(f: Any) -> Tensor:
@@ -433,10 +435,10 @@ B = Exercise(
     ],
     misconceptions=[
         Misconception(
-            "the code as given",
+            "the last one downstream",
             _hunter(nan_only=True, look_at_input=False, pick="last", cleanup="never"),
-            "This is the code as it was given. Its last name is always the model itself: the whole finishes after "
-            "its parts.",
+            "As in the code that was given, all who put out a NaN are accused, and the last of them is named. That is "
+            "always the model itself: the whole finishes after its parts.",
         ),
         Misconception(
             "the last instead of the first",
