@@ -47,10 +47,10 @@ COUNT = Exercise(
     probes=[
         Probe("a whole number comes back", lambda f: f(10, 6, 1, 6, 2, 5, True), same_shape),
         Probe(
-            "one layer, by hand",
-            lambda f: f(10, 6, 1, 6, 2, 5, True),
+            "two layers, by hand",  # with one, a norm missing in each layer looks like the last one missing
+            lambda f: f(10, 6, 2, 6, 2, 5, True),
             equals(),
-            given="V 10, D 6, 1 layer, 6 heads, 2 of them with keys, M 5, tied",
+            given="V 10, D 6, 2 layers, 6 heads, 2 of them with keys, M 5, tied",
         ),
         Probe(
             "three layers",
@@ -200,10 +200,10 @@ MEMORY = Exercise(
     ],
     misconceptions=[
         Misconception(
-            "the code as given",
+            "the optimizer as given",
             _memory_variant(master=0, moments=4, whole_batch=False),
-            "This is the code as it was given. Start with the optimizer: its master copy and both of its moments are "
-            "fp32, 4 bytes for each number.",
+            "The optimizer's two terms are still as they were given. Its master copy and both of its moments are fp32, "
+            "4 bytes for each number.",
         ),
         Misconception(
             "no master copy",
@@ -305,7 +305,11 @@ def _half_and_half(budget: float, r: float) -> tuple[float, float]:
 
 
 def _two_floats(yours: Any, expected: Any) -> Failure | None:
-    if isinstance(yours, tuple) and len(yours) == 2 and all(isinstance(x, (int, float)) for x in yours):
+    if (
+        isinstance(yours, (tuple, list))
+        and len(yours) == 2
+        and all(isinstance(x, (int, float)) for x in yours)
+    ):
         return None
     missing = " (is the return missing?)" if yours is None else ""
     return Failure(
@@ -354,6 +358,12 @@ PLAN = Exercise(
             lambda f: [a / b for a, b in zip(f(256, 24, 1e15, 0.3), f(64, 24, 1e15, 0.3), strict=True)],
             equals(),
         ),
+        Probe(
+            "a budget so small that fractions show",
+            lambda f: f(1, 1.0, 10.0, 1.0),
+            equals(),
+            given="chips 1, hours 1, flops_per_second 10, utilization 1: N and D are floats, not rounded",
+        ),
         Probe("a utilization of 1 is allowed", lambda f: f(3, 2.5, 1e12, 1), equals()),
         Probe(
             "percent, zero and less: a ValueError",
@@ -399,7 +409,7 @@ PLAN = Exercise(
         Misconception(
             "the ratio upside down",
             _plan_variant(finish=_upside_down),
-            "You have more parameters than tokens. r is how many tokens each parameter sees: D = r · N.",
+            "You have more parameters than tokens (or they changed places on the way out). r is how many tokens each parameter sees: D = r · N.",
         ),
         Misconception(
             "percent go through",

@@ -161,11 +161,12 @@ def _measured(measure: Measure, device: FakeDevice, **how: int) -> float:
     return measure(device.launch, device.clock, device.synchronize, **how)
 
 
-def _calls(measure: Measure) -> tuple[int, int]:
-    often, default = FakeDevice(2.0), FakeDevice(2.0)
+def _calls(measure: Measure) -> tuple[int, int, int]:
+    often, cold, default = FakeDevice(2.0), FakeDevice(2.0), FakeDevice(2.0)
     _measured(measure, often, warmup=3, repeats=4)
+    _measured(measure, cold, warmup=0, repeats=1)
     _measured(measure, default)
-    return often.calls, default.calls
+    return often.calls, cold.calls, default.calls
 
 
 def _samples(
@@ -244,7 +245,7 @@ STOPWATCH = Exercise(
             "fn is called warmup + repeats times",
             _calls,
             equals(),
-            given="warmup = 3 and repeats = 4; then the defaults, 2 and 5",
+            given="warmup = 3 and repeats = 4; then 0 and 1; then the defaults, 2 and 5",
         ),
         Probe(
             "calls that take 2 s",
@@ -458,6 +459,19 @@ def _one_step(
     return took, scaler.scale, weights[0].detach(), weights[1].detach()
 
 
+def _loss_after(cls: Scaler) -> Tensor:
+    loss = torch.tensor(2.5)
+    cls(scale=8.0).scaled(loss)
+    return loss
+
+
+def _gradients_after(cls: Scaler) -> list[Any]:
+    weights, optimizer = _two_weights()
+    weights[0].grad, weights[1].grad = torch.tensor([512.0, 0.0]), torch.tensor([[256.0, 0.0]])
+    cls(scale=1024.0).step(optimizer, 2.0)
+    return [w.grad if w.grad is not None else "None" for w in weights]
+
+
 INF, NAN = float("inf"), float("nan")
 
 
@@ -515,16 +529,28 @@ SCALER = Exercise(
             given="loss 2.5, scale 8",
         ),
         Probe(
-            "a step that needs no clipping, by hand",
-            lambda cls: _one_step(cls, [0.5, 0.0], [0.25, 0.0], max_norm=2.0),
+            "the loss that was handed in is left alone",
+            _loss_after,
             equals(),
-            given="weights of 1, SGD at rate 1, scale 1024, gradients 1024 · [0.5, 0] and 1024 · [0.25, 0], max_norm 2",
+            given="loss 2.5, scale 8; whoever logs the loss afterwards wants 2.5",
+        ),
+        Probe(
+            "a step that needs no clipping, by hand",
+            lambda cls: _one_step(cls, [0.5, 0.0], [0.25, 0.0], max_norm=2000.0),
+            equals(),
+            given="weights of 1, SGD at rate 1, scale 1024, gradients 1024 · [0.5, 0] and 1024 · [0.25, 0], max_norm 2000",
         ),
         Probe(
             "a step that is clipped",
-            lambda cls: _one_step(cls, [3.0, 0.0], [4.0, 0.0], max_norm=1.0),
+            lambda cls: _one_step(cls, [2.4, 1.8], [4.0, 0.0], max_norm=1.0),
             equals(),
-            given="gradients 1024 · [3, 0] and 1024 · [4, 0], so a total norm of 5, and max_norm 1",
+            given="gradients 1024 · [2.4, 1.8] and 1024 · [4, 0], so a total norm of 5, and max_norm 1",
+        ),
+        Probe(
+            "afterwards the true gradients are in .grad",
+            _gradients_after,
+            equals(),
+            given="gradients 1024 · [0.5, 0] and 1024 · [0.25, 0], max_norm 2: what was divided in place stays divided",
         ),
         Probe(
             "an infinity in the second parameter: no step",

@@ -261,6 +261,10 @@ def _left_validation(result: tuple[list[str], list[str]]) -> str | None:
     return None if len(all_of_them) == len(_names()) else "with a fraction of 1, not everything is held out"
 
 
+_MIXED = ["lear/1/1", "hamlet/1/1", "macbeth/1/1", "lear/12/10", "Hamlet/1/1", "hamlet/2", "othello/1/1/b"]
+_MIXED += ["tempest/3/2", "lear/4", "macbeth", "hamlet/1/12/c", "othello/2/1", "tempest/1", "Lear/1/1"]
+
+
 def _left_alone(f: Splitter) -> bool:
     names = _names()
     f(names, 0.5, "s")
@@ -299,6 +303,12 @@ DEBUG = Exercise(
             given="SHA-256 of s/hamlet begins with b166, of s/tempest with 74c4; half of 2⁶⁴ begins with 80",
         ),
         Probe("equals the reference", lambda f: f(_names(), 0.3, "salt"), equals()),
+        Probe(
+            "plays mixed, long and short names: in the order in which they came",
+            lambda f: [side for salt in "stuv" for side in f(list(_MIXED), 0.5, salt)],
+            equals(),
+            given="lear/1/1, hamlet/1/1, macbeth/1/1, lear/12/10, Hamlet/1/1, hamlet/2, othello/1/1/b, …",
+        ),
         Probe(
             "fractions down to a thousandth, without a salt, names without a slash",
             lambda f: [
@@ -519,6 +529,27 @@ def _back_and_forth(cls: Sampler) -> list[int]:
     return first + far + _take(sampler, 10)
 
 
+def _states_of_a_rank(cls: Sampler) -> list[dict[str, int]]:
+    """Rank 1 of three with 11 numbers: three in each epoch."""
+    sampler = cls(11, 0, 1, 3)
+    states = [dict(sampler.state_dict())]
+    for _ in range(7):
+        sampler.next_index()
+        states.append(dict(sampler.state_dict()))
+    return states
+
+
+def _one_state_for_all(cls: Sampler) -> list[list[int]]:
+    """A checkpoint holds one state, and every rank loads it; twice, since it must not change."""
+    state, numbers = {"epoch": 2, "position": 1}, []
+    for _ in range(2):
+        ranks = [cls(11, 5, rank, 3) for rank in range(3)]
+        for sampler in ranks:
+            sampler.load_state_dict(state)
+            numbers.append(_take(sampler, 4))
+    return numbers
+
+
 def _uneven(cls: Sampler) -> list[list[int]]:
     return [_take(cls(11, 5, rank, 4), 6) for rank in range(4)]
 
@@ -551,8 +582,20 @@ EXTEND = Exercise(
             "equals the reference", lambda cls: (_take(cls(10, 7), 25), _take(cls(9, 8, 2, 3), 9)), equals()
         ),
         Probe("11 numbers, 4 ranks: equally many for all", _uneven, equals()),
+        Probe(
+            "rank 1 of three: epoch and position after each of 7 numbers",
+            _states_of_a_rank,
+            equals(),
+            given="n = 11, so 3 numbers for each rank; position counts what this rank has had: 0, 1, 2, 0, …",
+        ),
         Probe("goes on where it stopped", _resumed, holds(_another_road)),
         Probe("loads a state in the middle of things", _back_and_forth, equals()),
+        Probe(
+            "one state for all ranks, loaded again and again",
+            _one_state_for_all,
+            equals(),
+            given='three ranks load {"epoch": 2, "position": 1}, take 4 numbers each, and three new ones load it again',
+        ),
         Probe(
             "the global generator is left alone",
             _global_stream,

@@ -74,15 +74,17 @@ def _quadratic(x: Tensor) -> Tensor:
     return x[0] ** 2 + 3 * x[0] * x[1]
 
 
+_COLUMNS = randn(3, 2, seed=9)
+
+
 def _bent(x: Tensor) -> Tensor:
     """Of a matrix of three columns; every entry matters differently."""
-    w = randn(3, 2, seed=9).to(x.dtype)
-    return (x @ w).sin().square().sum() + (x**3).mean() + 40
+    return (x @ _COLUMNS.to(x.dtype)).sin().square().sum() + (x**3).mean() + 40
 
 
 def _afterwards(f: Any) -> Tensor:
     x = randn(2, 3, seed=1).double()
-    f(_bent, x, 0.5)
+    f(_bent, x, 0.1)  # a step that no float holds exactly: adding it again does not restore the entry
     return x
 
 
@@ -358,6 +360,12 @@ B = Exercise(
         ),
         Probe("nobody, if all is finite", lambda f: f(_three(_same), X), equals()),
         Probe(
+            "large numbers are finite",
+            lambda f: f(_three(lambda x: x * 3e38), X),
+            equals(),
+            given="layer 1 makes 3e38 of ones, which float32 still holds; it does not hold their sum",
+        ),
+        Probe(
             "nobody, if the NaN came from outside",
             lambda f: f(_three(_same), X * math.nan),
             equals(),
@@ -427,10 +435,10 @@ B = Exercise(
     ],
     misconceptions=[
         Misconception(
-            "the code as given",
+            "the last one downstream",
             _hunter(nan_only=True, look_at_input=False, pick="last", cleanup="never"),
-            "This is the code as it was given. Its last name is always the model itself: the whole finishes after "
-            "its parts.",
+            "As in the code that was given, all who put out a NaN are accused, and the last of them is named. That is "
+            "always the model itself: the whole finishes after its parts.",
         ),
         Misconception(
             "the last instead of the first",
@@ -551,8 +559,18 @@ def _nothing_allowed() -> tuple[Tensor, Tensor]:
 
 
 def _rubbish() -> tuple[Tensor, Tensor]:
-    logits = torch.tensor([[0.0, 1.0, math.nan, -math.inf], [math.inf, 2.0, 1.0, 5e9]])
-    return logits, torch.tensor([[True, True, False, False], [False, True, True, False]])
+    logits = [
+        [0.0, 1.0, math.nan, -math.inf],
+        [math.inf, 2.0, 1.0, 5e9],
+        [math.nan, math.inf, 1.0, -math.inf],
+    ]
+    mask = [[True, True, False, False], [False, True, True, False], [False] * 4]
+    return torch.tensor(logits), torch.tensor(mask)
+
+
+def _far_below() -> tuple[Tensor, Tensor]:
+    logits = torch.tensor([[-200.0, -201.0, 0.0], [-20000.0, -20001.0, 3.0]])
+    return logits, torch.tensor([[True, True, False], [True, True, False]])
 
 
 def _inputs_after(f: Any) -> tuple[Tensor, Tensor]:
@@ -610,7 +628,13 @@ C = Exercise(
             "rubbish where nothing is allowed",
             lambda f: _gradient(f, *_rubbish()),
             _finite_and_equal,
-            given="NaN, −inf, inf and 5e9, none of them allowed",
+            given="NaN, −inf, inf and 5e9, none of them allowed; in the third row, nothing is",
+        ),
+        Probe(
+            "allowed logits far below zero",
+            lambda f: _gradient(f, *_far_below()),
+            equals(5e-3, digits=3),  # logsumexp minus the mean logit is sound, and rounds there
+            given="allowed −200 and −201, then −20000 and −20001: with a common shift the entropy stays 0.582",
         ),
         Probe(
             "logits far apart",

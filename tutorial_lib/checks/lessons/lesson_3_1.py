@@ -393,12 +393,12 @@ IN_16_BITS = Exercise(
             equals(),
             given=torch.tensor([[0.001, 0.003, 0.001, 0.005], [0.0] * 4]),
         ),
-        Probe("no gradient along x", _gradient, holds(_pushes_along_x)),
         Probe(
             "x is as before",
             _x_as_before,
             holds(lambda same: None if same else "the x of the caller was overwritten, as by x *= …"),
         ),
+        Probe("no gradient along x", _gradient, holds(_pushes_along_x)),
     ],
     misconceptions=[
         Misconception(
@@ -625,23 +625,30 @@ def _row(logits: Tensor) -> str:
 
 
 @torch.no_grad()
-def _original_after(f: Callable[[GPT], GPT]) -> tuple[bool, Tensor]:
-    """Whether the old model still is what it was, also after the new one has been trained (here: zeroed)."""
+def _original_after(f: Callable[[GPT], GPT]) -> tuple[bool, bool, Tensor]:
+    """Whether the old model still is what it was, and also after the new one has been trained (here: zeroed)."""
     model = _gpt()
-    new = f(model)
+    new, expected = f(model), _gpt()(IDS)
+
+    def says() -> Tensor:
+        try:
+            return model(IDS)
+        except Exception:
+            return torch.zeros_like(expected)
+
+    at_once = torch.equal(says(), expected)
     for p in new.parameters():
         p.zero_()
-    try:
-        after = model(IDS)
-    except Exception:
-        after = torch.zeros(2, 6, 11)
-    return torch.equal(after, _gpt()(IDS)), after
+    after = says()
+    return at_once, torch.equal(after, expected), after
 
 
-def _touched(result: tuple[bool, Tensor]) -> str | None:
-    if result[0]:
-        return None
-    return "the model that came in has changed, or shares weights with the new one: work on a copy"
+def _touched(result: tuple[bool, bool, Tensor]) -> str | None:
+    if not result[0]:
+        return "the model that came in has changed: work on a copy"
+    if not result[1]:
+        return "the new model shares weights with the one that came in: train one, and the other changes. Clone them"
+    return None
 
 
 CONVERT = Exercise(

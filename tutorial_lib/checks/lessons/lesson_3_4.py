@@ -8,8 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from tutorial_lib.checks.probes import causality, equals, fill_by_name, outcome, randn, same_shape
+from tutorial_lib.checks.probes import causality, equals, fill_by_name, holds, outcome, randn, same_shape
 from tutorial_lib.checks.spec import Exercise, Misconception, Probe
 from tutorial_lib.core.gqa import GroupedQueryAttention
 from tutorial_lib.core.kv_cache import KVCache
@@ -174,8 +175,8 @@ STEP = Exercise(
         Misconception(
             "positions start again",
             _StartsAgain(),
-            "The new token was rotated to position 0, as if it were the first. It stands at position length, "
-            "behind all that is remembered.",
+            "The new key is turned as for position 0, which is not at all, as if its token were the first. It stands "
+            "at position length, behind all that is remembered.",
         ),
         Misconception(
             "one position late",
@@ -275,6 +276,47 @@ def _not_contiguous(read: Callable) -> Tensor:
     return read(q, k, v, 3)
 
 
+class _Watch(TorchFunctionMode):
+    """How many queries a kernel got at once, and how many numbers the largest tensor had that was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = self.numbers = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            query = args[0] if args else kwargs["query"]
+            self.queries = max(self.queries, query.shape[-2])
+        if isinstance(made, Tensor):
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+def _at_once(read: Callable) -> tuple[int, int]:
+    q, k, v = (randn(2, 6, 24, 2, seed=seed) for seed in (1, 2, 3))
+    with _Watch() as watch:
+        read(q, k, v, 2)
+    return watch.queries, watch.numbers
+
+
+def _too_much_at_once(result: tuple[int, int]) -> str | None:
+    queries, numbers = result
+    if queries > 2:
+        return f"asked for pieces of 2 tokens, it attended with {queries} queries at once"
+    most = 2 * 6 * 2 * 24 * 2  # B · H · chunk · T, and C times that if products are summed by hand
+    if numbers > most:
+        return f"of 24 tokens in pieces of 2 it made a tensor of {numbers} numbers: all T × T scores at once"
+    return None
+
+
+def _inputs_after(read: Callable) -> tuple[Tensor, ...]:
+    q, k, v = (randn(1, 2, 5, 4, seed=seed) for seed in (1, 2, 3))
+    read(q, k, v, 2)
+    return q, k, v
+
+
 def _as_layer(read: Callable) -> Callable[[Tensor], Tensor]:
     return lambda x: read(x[:, None], x[:, None], x[:, None], 3)[:, 0]
 
@@ -304,6 +346,10 @@ PIECES = Exercise(
         Probe("pieces longer than the text", lambda f: _random(f, 5, 8), equals()),
         Probe("scores in the hundreds", lambda f: _random(f, 10, 4, scale=200.0), equals(1e-3)),
         Probe("not contiguous, float64", _not_contiguous, equals()),
+        Probe("q, k and v are left alone", _inputs_after, equals()),
+        Probe(
+            "never more than a piece at once", _at_once, holds(_too_much_at_once), given="T = 24, chunk = 2"
+        ),
     ],
     misconceptions=[
         Misconception(
@@ -456,9 +502,9 @@ def _two_questions(fork: Callable) -> Tensor:
     return fork(cache, 2, 3).keys[:, 0, :, 0]
 
 
-def _old_is_untouched(fork: Callable) -> tuple[Any, ...]:
+def _old_is_untouched(fork: Callable, n: int = 3, max_len: int = 8) -> tuple[Any, ...]:
     cache = _question()
-    new = fork(cache, 3, 8)
+    new = fork(cache, n, max_len)
     new.keys.fill_(99.0)  # whatever the continuations write
     new.values.fill_(99.0)
     new.positions.fill_(99)
@@ -504,6 +550,12 @@ FORK = Exercise(
             lambda f: _state(f(_question(padded=True), 3, 9)),
             equals(),
         ),
+        Probe(
+            "positions for each row, but no padding",
+            lambda f: _state(f(_question(rows=1, padded=True), 3, 9)),
+            equals(),
+            given="one row, read with positions (B, T): padded is True, and no position is −1",
+        ),
         Probe("answers to a padded question", lambda f: _go_on(f, padded=True), equals()),
         Probe(
             "bfloat16 stays bfloat16",
@@ -511,6 +563,7 @@ FORK = Exercise(
             equals(),
         ),
         Probe("one answer, and no room to spare", lambda f: _contents(f(_question(), 1, 3)), equals()),
+        Probe("even then the memory is its own", lambda f: _old_is_untouched(f, 1, 3), equals()),
         Probe(
             "no room: a ValueError", lambda f: outcome(lambda: f(_question(), 2, 2) and "no error"), equals()
         ),

@@ -297,7 +297,7 @@ def _values_by_hand(cls: Any) -> Tensor:
 
 def _distance_by_hand(cls: Any) -> Tensor:
     """One clock hand, every query and key at twelve: the score is the cosine of the distance."""
-    head, up = cls(2, 1, 2), torch.tensor([10.0, 0.0])
+    head, up = cls(2, 1, 2), torch.tensor([2.0, 0.0])
     return torch.stack([head.step(up, up, torch.tensor([float(p), 0.0]))[0] for p in range(8)])
 
 
@@ -349,7 +349,7 @@ HEAD = Exercise(
             "distances, by hand",
             _distance_by_hand,
             equals(),
-            given="window 2, 1 sink, all queries and keys [10, 0]: before rotation, all of them agree",
+            given="window 2, 1 sink, all queries and keys [2, 0]: before rotation, all of them agree",
         ),
         Probe(
             "20 windows equal the masked attention over the whole text",
@@ -469,10 +469,16 @@ def _qkv(*shape: int, seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def _weight_of_the_sink(f: Callable) -> Tensor:
-    up = torch.tensor([3.0, 0.0]).expand(1, 1, 8, 2)
+    up = torch.tensor([3.0, 0.0]).repeat(1, 1, 8, 1)
     is_sink = torch.zeros(1, 1, 8, 2)
     is_sink[:, :, 0] = 1.0
-    return f(up, up, is_sink, 2, 1)[0, 0, :, 0]
+    return f(up, up.clone(), is_sink, 2, 1)[0, 0, :, 0]
+
+
+def _inputs_after(f: Callable) -> tuple[Tensor, ...]:
+    q, k, v = _qkv(1, 2, 7, 4, seed=5)
+    f(q, k, v, 3, 1)
+    return q, k, v
 
 
 STREAM = Exercise(
@@ -489,6 +495,7 @@ STREAM = Exercise(
     },
     probes=[
         Probe("shape and dtype", lambda f: f(*_qkv(2, 3, 7, 4), 3, 1), same_shape),
+        Probe("q, k and v are left alone", _inputs_after, equals()),
         Probe(
             "a text that fits in the cache: plain causal attention",
             lambda f: f(*_qkv(1, 2, 5, 8, seed=1), 4, 1),
