@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.rope import interleaved_to_half
@@ -58,7 +59,7 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> Transform
     """
     reader = _open(path)
     config = _config(reader, path)
-    with torch.device("meta"):  # shapes only: no memory yet, and no time spent on random weights
+    with _NoInit():  # no time spent on random weights, and no memory either: untouched pages cost nothing
         model = Transformer(config)
     expected = dict(model.named_parameters())
     for name, tensor in _tensors(reader, config, path):
@@ -74,6 +75,15 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> Transform
     if config.tie_embeddings:
         model.head.weight = model.tokens.weight
     return model.eval()
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out `nn.init`. (The device `meta` would do as well, but there torch imports its compiler, for seconds.)"""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def gguf_config(path: str | Path) -> ModelConfig:
