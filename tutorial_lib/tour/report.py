@@ -124,8 +124,10 @@ def write_report(story: Story, folder: Path) -> Path:
         parts.append(
             f"<p>For comparison, the usual AdamW recipe for a small GPT (four layers, 2000 steps of "
             f"12×64 bytes, peak rate 1e-3) ended at {plain['loss']:.3f} nats per byte after "
-            f"{plain['seconds']:.0f} seconds on {e(plain['machine'])}. Same loop, same optimizer, same text. What "
-            "differs: a peak rate five times as high, two layers less, a rate that falls to zero, and the seconds. "
+            f"{plain['seconds']:.0f} seconds on {e(plain['machine'])}. Same loop, same text. What differs: a modern "
+            "architecture (RMSNorm, RoPE, SwiGLU, QK-norm), Muon for the matrices, a context twice as long, rates "
+            "that were searched for, and the seconds. <code>python -m tutorial_lib.tour.ladder</code> takes the "
+            "difference apart; "
             "<code>python -m tutorial_lib.tour --recipe plain</code> measures it here.</p>"
         )
     if story.bits_per_byte is not None:
