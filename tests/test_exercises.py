@@ -85,6 +85,7 @@ def test_every_lesson_has_at_least_two_exercises():
 
 
 @each_exercise
+@pytest.mark.slow
 def test_mutants_of_the_solution_are_killed(exercise: Exercise, record_property):
     cells = code_cells(notebook(exercise, "solutions"))
     source = top_level_source(cells, exercise.symbol)
