@@ -93,6 +93,29 @@ def test_pieces_of_any_size(mode, sizes, seed):
     assert differs_with_cache(build(**MODES[mode]), tokens(seed=seed), sizes) is None
 
 
+@settings(max_examples=25)
+@given(data=st.data())
+def test_shapes_that_nobody_chose(data):
+    draw = data.draw
+    groups, members = draw(st.integers(1, 3), "key heads"), draw(st.integers(1, 3), "queries for each")
+    model = build(
+        n_heads=groups * members,
+        n_kv_heads=groups,
+        d_head=2 * draw(st.integers(1, 5), "half a head"),
+        n_layers=draw(st.integers(1, 3), "layers"),
+        window=draw(st.none() | st.integers(1, 12) | st.tuples(st.none(), st.integers(1, 9)), "window"),
+        sinks=draw(st.integers(0, 4), "sinks"),
+        qk_norm=draw(st.booleans(), "QK-norm"),
+        rope=draw(st.booleans(), "RoPE"),
+    )
+    length = draw(st.integers(2, 40), "tokens")
+    ids = tokens(draw(st.integers(1, 3), "rows"), length)
+    sizes = draw(pieces(length), "pieces")
+    with torch.no_grad():
+        off = (read(model, ids, sizes) - model(ids)).abs().max()
+    assert off < 1e-5
+
+
 @settings(max_examples=6)
 @given(sizes=pieces(60))
 def test_far_past_the_window(sizes):
