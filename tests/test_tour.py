@@ -16,7 +16,8 @@ import torch
 
 from tutorial_lib.eval import baselines
 from tutorial_lib.tour.__main__ import main
-from tutorial_lib.tour.run import RECIPES, with_seconds, write_sample
+from tutorial_lib.tour.recipes import RECIPES, with_seconds
+from tutorial_lib.tour.run import write_sample
 from tutorial_lib.train.checkpoint import load_model
 
 

@@ -38,6 +38,10 @@ class Causal:
         return (key <= query) & ((key >= 0) | (query < 0))
 
 
+def _nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
+
+
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which groups of query heads share one key head (Ainslie et al. 2023).
 
@@ -74,15 +78,13 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_kv_heads < 1 or n_heads % n_kv_heads:
-            divisors = [n for n in range(1, n_heads + 1) if n_heads % n == 0]
-            near = min(divisors, key=lambda n: abs(n - n_kv_heads))
+            near = _nearest_divisor(n_heads, n_kv_heads)
             raise ValueError(
                 f"{n_heads} query heads cannot share {n_kv_heads} key heads evenly: try n_kv_heads={near}"
             )
         if d_head is None:
             if d_model % n_heads:
-                divisors = [n for n in range(1, d_model + 1) if d_model % n == 0]
-                near = min(divisors, key=lambda n: abs(n - n_heads))
+                near = _nearest_divisor(d_model, n_heads)
                 raise ValueError(
                     f"d_model {d_model} does not split into {n_heads} heads: try n_heads={near}, or set d_head"
                 )

@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from tutorial_lib.data.corpora import CorpusError
+from tutorial_lib.tour.recipes import RECIPES, with_seconds
 from tutorial_lib.tour.report import write_report
-from tutorial_lib.tour.run import RECIPES, run, with_seconds
+from tutorial_lib.tour.run import run
 
 
 def _positive(text: str) -> float:

@@ -3,8 +3,8 @@
     python -m tutorial_lib.tour.ladder --seconds 120 --seeds 3
 
 Each rung keeps the changes of the rungs below it. Width, depth, batch and text are the same for all. AdamW's
-rate is the one that served the first rung best, so no AdamW rung owes its gain to tuning; Muon has rates of its
-own.
+rate was searched for on the first rung's architecture (Part 2's GPT, four layers), so no AdamW rung above it owes
+its gain to tuning; Muon has rates of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from tutorial_lib.core.model import ModelConfig
 from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import random_batches
-from tutorial_lib.tour.run import Recipe, machine
+from tutorial_lib.tour.recipes import Recipe
+from tutorial_lib.tour.run import machine
 from tutorial_lib.train.evaluate import evaluate, split_train_val
 from tutorial_lib.train.loop import TrainConfig, train
 

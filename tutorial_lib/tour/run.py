@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,91 +16,24 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch import nn
 
-from tutorial_lib.core.gpt import GPT, GPTConfig
-from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.core.gpt import GPT
+from tutorial_lib.core.model import Transformer
 from tutorial_lib.core.sampler import generate
 from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import open_tokens, random_batches, write_tokens
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.eval import baselines
 from tutorial_lib.files import write_text
+from tutorial_lib.tour.recipes import Recipe
 from tutorial_lib.train.checkpoint import load_model, save_model
 from tutorial_lib.train.evaluate import evaluate, split_train_val
-from tutorial_lib.train.loop import StepInfo, TrainConfig, make_optimizer, train
-from tutorial_lib.train.muon import Muon, muon_groups
+from tutorial_lib.train.loop import StepInfo, train
 
-__all__ = ["RECIPES", "Recipe", "Story", "run"]
+__all__ = ["Story", "run"]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides how the tour's model comes out."""
-
-    name: str
-    model: GPTConfig | ModelConfig
-    training: TrainConfig
-    batch_size: int
-    muon_lr: float | None = None
-    """Peak rate of the matrices in the blocks, if Muon trains them; `training.lr` is for the rest."""
-    muon_momentum: float = 0.95
-    """Muon's memory for the gradient."""
-
-    def make_model(self) -> GPT | Transformer:
-        """The model, with fresh weights."""
-        return GPT(self.model) if isinstance(self.model, GPTConfig) else Transformer(self.model)
-
-    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW, or Muon for the matrices and AdamW for the rest."""
-        if self.muon_lr is None:
-            return make_optimizer(model, self.training)
-        groups = muon_groups(model, self.muon_lr, self.training.lr, self.training.weight_decay)
-        return Muon(groups, self.muon_momentum, self.training.betas)
-
-
-RECIPES = {
-    # The best of some 140 runs on a GPU, each as many steps long as two cores were expected to manage in the
-    # time (they were judged by the text that the tour validates on, which flatters the result a little).
-    "tour": Recipe(
-        "tour",
-        ModelConfig(
-            max_seq_len=128, d_model=112, n_heads=4, n_layers=3, d_mlp=256, qk_norm=True, tie_embeddings=False
-        ),
-        TrainConfig(
-            steps=1_000_000,
-            max_seconds=120,
-            lr=4.5e-3,
-            warmup=0.02,
-            lr_floor=0.0,
-            betas=(0.9, 0.99),
-            weight_decay=0.2,
-            grad_clip=0.5,
-        ),
-        batch_size=16,
-        muon_lr=6e-3,
-        muon_momentum=0.85,
-    ),
-    # The best that a sweep of some 100 runs found for Part 2's model and AdamW in the same time: two layers
-    # get through more text than four, and four to six times the usual peak rate of 1e-3 is worth 0.1 nats
-    # (with four layers: 1.73 at 1e-3, 1.63 at 4e-3).
-    "gpt": Recipe(
-        "gpt",
-        GPTConfig(vocab_size=256, max_seq_len=64, d_model=128, n_heads=4, n_layers=2),
-        TrainConfig(steps=1_000_000, max_seconds=120, lr=5e-3, warmup=0.1, lr_floor=0.0, betas=(0.9, 0.99)),
-        batch_size=12,
-    ),
-    # The CPU recipe that nanoGPT's README gives for characters, on bytes: what the tour is compared with.
-    "plain": Recipe(
-        "plain",
-        GPTConfig(vocab_size=256, max_seq_len=64, d_model=128, n_heads=4, n_layers=4, bias=False),
-        TrainConfig(steps=2000, lr=1e-3, warmup=0.05, lr_floor=0.1, betas=(0.9, 0.99), weight_decay=0.1),
-        batch_size=12,
-    ),
-}
 
 PROMPT = "**JULIET**  \n"
-SAMPLE_AT = (0.0, 0.5, 1.0)
 EVALUATIONS = 16
 QUICK_WINDOWS = 512  # for the curve; the number at the end is of the whole validation text
 
@@ -292,8 +225,3 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
         }
     write_text(folder / "result.json", json.dumps(asdict(story), indent=1))
     return story
-
-
-def with_seconds(recipe: Recipe, seconds: float) -> Recipe:
-    """The recipe, for another length of training."""
-    return replace(recipe, training=replace(recipe.training, max_seconds=seconds))

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from tutorial_lib.train.optim import AdamW
+
 __all__ = ["orthogonalize", "Muon", "muon_groups"]
 
 
@@ -35,7 +37,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
     return (X.mT if tall else X).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(AdamW):
     """Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer.
 
     Matrices of one shape are orthogonalized together: one batched multiplication in place of many small ones.
@@ -58,8 +60,8 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         ns_steps: int = 5,
     ) -> None:
-        defaults = {"momentum": momentum, "betas": betas, "eps": eps, "ns_steps": ns_steps, "muon": False}
-        super().__init__(groups, defaults)
+        ours = {"momentum": momentum, "ns_steps": ns_steps, "muon": False}
+        super().__init__([ours | group for group in groups], betas=betas, eps=eps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -68,12 +70,15 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+        everything = self.param_groups
+        for group in everything:
             if group["muon"]:
-                self._muon(group, params)
-            elif params:
-                self._adamw(group, params)
+                self._muon(group, [p for p in group["params"] if p.grad is not None])
+        try:  # the other groups are lesson 2.4's business
+            self.param_groups = [group for group in everything if not group["muon"]]
+            super().step()
+        finally:
+            self.param_groups = everything
         return loss
 
     def _muon(self, group: dict, params: list[Tensor]) -> None:
@@ -91,20 +96,6 @@ class Muon(torch.optim.Optimizer):
             for p, direction in zip(same, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction, alpha=-group["lr"] * size)
-
-    def _adamw(self, group: dict, params: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"], state["m"], state["v"] = 0, torch.zeros_like(p), torch.zeros_like(p)
-            state["step"] += 1
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            state["m"].lerp_(p.grad, 1 - beta1)
-            state["v"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-            m_hat = state["m"] / (1 - beta1 ** state["step"])
-            v_hat = state["v"] / (1 - beta2 ** state["step"])
-            p.addcdiv_(m_hat, v_hat.sqrt().add_(group["eps"]), value=-group["lr"])
 
 
 def muon_groups(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float = 0.1) -> list[dict]:
