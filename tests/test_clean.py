@@ -1,0 +1,448 @@
+"""Clean-up: what goes and what stays, why, in which order; and the stream of tar shards beside it."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import http.server
+import random
+import shutil
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tutorial_lib.data.clean import (
+    DEFAULT_STEPS,
+    ExactDuplicates,
+    NearDuplicates,
+    QualityFilter,
+    ScrubPII,
+    clean,
+    normalize,
+    shingles,
+)
+from tutorial_lib.data.pii import KINDS, scrub
+from tutorial_lib.data.quality import (
+    C4,
+    GOPHER_QUALITY,
+    GOPHER_REPETITION,
+    first_broken,
+    repeated_ngrams,
+    terminal_lines,
+    top_ngram,
+)
+from tutorial_lib.data.tokenize import ByteTokenizer
+from tutorial_lib.data.webshards import find_shards, shuffle_buffer, stream_batches, write_tar_shards
+
+WORDS = (
+    "sun moon star wind rain stone river tree leaf bird fish king queen sword crown night day fire".split()
+)
+
+
+def prose(seed: int, n: int = 120) -> str:
+    rng = random.Random(seed)
+    glue = ["the", "of", "and", "to", "that", "with"]
+    words = [
+        rng.choice(glue) if i % 3 == 0 else f"{rng.choice(WORDS)}{rng.randrange(900)}x" for i in range(n)
+    ]
+    return " ".join(words) + "."
+
+
+def run(documents, *steps):
+    kept, report = clean(documents, steps or None)
+    return list(kept), report
+
+
+# --- the pipeline -------------------------------------------------------------------------------------------
+
+
+def test_it_streams_and_the_report_adds_up():
+    read = []
+
+    def documents():
+        for i in range(6):
+            read.append(i)
+            yield prose(i % 4)
+
+    kept, report = clean(documents())
+    assert read == [] and next(kept) == prose(0) and read == [0]
+    assert list(kept) == [prose(1), prose(2), prose(3)]
+    assert (report.seen, report.kept) == (6, 4) and report.removed_by() == {4, 5}
+    assert report.removed_by("exact duplicate") == {4, 5} and report.removed_by("quality") == set()
+    assert "6  documents read" in str(report) and "-2  exact duplicate" in str(report)
+
+
+def test_steps_forget_between_runs_and_inputs_stay():
+    documents = [prose(0), prose(0)]
+    for _ in range(2):
+        kept, report = run(documents, *DEFAULT_STEPS)
+        assert len(kept) == 1 and documents == [prose(0), prose(0)]
+
+
+def test_no_steps_and_no_documents():
+    assert run(["a", "a"], lambda stream, report: stream)[0] == ["a", "a"]
+    kept, report = clean(["a", "a"], [])
+    assert list(kept) == ["a", "a"] and report.removed == []
+    assert run([])[0] == []
+
+
+# --- duplicates ---------------------------------------------------------------------------------------------
+
+
+def test_exact_is_after_normalizing():
+    texts = ["To be,  or\nnot", "to be, or not", "To be or not", "ﬁnd", "find", ""]
+    kept, report = run(texts, ExactDuplicates())
+    assert kept == ["To be,  or\nnot", "To be or not", "ﬁnd", ""]
+    assert [r.reason for r in report.removed] == ["the same as document 0", "the same as document 3"]
+
+
+@given(st.text(max_size=60))
+def test_normalizing_twice_is_once_and_shingles_never_fail(text):
+    assert normalize(normalize(text)) == normalize(text) or normalize(text).isascii() is False
+    assert len(shingles(text)) >= 1
+
+
+def test_shingles_by_hand():
+    assert shingles("A b c  D", 3) == {"a b c", "b c d"} and shingles("a b", 3) == {"a b"}
+
+
+def edited(text: str, share: float, seed: int) -> str:
+    rng = random.Random(seed)
+    words = text.split()
+    for i in rng.sample(range(len(words)), round(share * len(words))):
+        words[i] = f"edit{rng.randrange(10**6)}"
+    return " ".join(words)
+
+
+def test_near_copies_go_and_strangers_stay():
+    texts = [prose(i, 400) for i in range(30)]
+    copies = [edited(text, 0.005, i) for i, text in enumerate(texts)]  # true Jaccard about 0.95
+    strangers = [edited(text, 0.25, i) for i, text in enumerate(texts)]  # about 0.13
+    kept, report = run(texts + copies + strangers, NearDuplicates())
+    assert kept == texts + strangers and report.removed_by() == set(range(30, 60))
+    assert all(f"document {r.index - 30}" in r.reason for r in report.removed)
+
+
+def test_near_is_deterministic_and_the_threshold_counts():
+    texts = [prose(0, 400), edited(prose(0, 400), 0.05, 1)]
+    jaccard = len(shingles(texts[0]) & shingles(texts[1])) / len(shingles(texts[0]) | shingles(texts[1]))
+    assert 0.5 < jaccard < 0.75
+    for _ in range(2):
+        assert len(run(texts, NearDuplicates(threshold=0.35))[0]) == 1
+        assert len(run(texts, NearDuplicates(threshold=0.95))[0]) == 2
+
+
+def test_short_and_empty_texts_are_no_copies_of_each_other():
+    texts = ["yes", "no", "", "yes, my lord"]
+    assert run(texts, NearDuplicates())[0] == texts
+
+
+# --- quality ------------------------------------------------------------------------------------------------
+
+GOOD = prose(3)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("too short", "word count"),
+        ("a b c d e f g h i j " * 10, "mean word length"),
+        ("x" * 30 + " " + "y" * 30 + " " + "abcdefghijklmnop " * 60, "mean word length"),
+        (GOOD + " #" * 20, "symbols for each word"),
+        (GOOD + " 1234" * 60, "share of words with a letter"),
+        ("leaf bird fish crown " * 20, "number of different stop words"),
+        ("\n".join(f"- {line}" for line in [GOOD] * 3), "share of bullet lines"),
+        ("\n".join(f"{prose(i, 20)} ..." for i in range(6)), "share of lines ending in an ellipsis"),
+    ],
+)
+def test_each_quality_rule_has_its_victim(text, rule):
+    kept, report = run([GOOD, text], QualityFilter(GOPHER_QUALITY))
+    assert kept == [GOOD] and report.removed[0].rule == rule, str(report)
+    assert rule in report.removed[0].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("\n".join([GOOD, "ho"] + ["hey"] * 9), "share of repeated lines"),
+        ("\n\n".join([prose(1) + "\n" + prose(2)] + ["hey\nho"] * 4), "share of repeated lines"),
+        ("\n".join([prose(i, 10) for i in range(3)] + [prose(8, 60)] * 2), "characters in repeated lines"),
+        (GOOD + " never" * 300, "characters in the top 2-gram"),
+    ],
+)
+def test_repetition_rules(text, rule):
+    assert first_broken(GOOD, GOPHER_REPETITION) is None
+    assert first_broken(text, GOPHER_REPETITION)[0].name == rule
+
+
+def test_ngrams_by_hand():
+    assert top_ngram("ab cd ab cd ab", 2) == pytest.approx(8 / 10)  # "ab cd" twice, 4 characters
+    assert top_ngram("ab cd ef", 2) == 0 == repeated_ngrams("ab cd ef", 2)
+    assert repeated_ngrams("a b c x a b c", 3) == pytest.approx(3 / 7)
+    assert repeated_ngrams("a b a b a b", 2) == pytest.approx(4 / 6), "overlaps count once"
+    assert top_ngram("", 2) == repeated_ngrams("", 5) == 0
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 6))
+def test_repeated_ngrams_equal_a_slow_reference(words, n):
+    covered, seen = set(), set()
+    for i in range(len(words) - n + 1):
+        if (run := tuple(words[i : i + n])) in seen:
+            covered |= set(range(i, i + n))
+        seen.add(run)
+    assert repeated_ngrams(" ".join(words), n) == pytest.approx(len(covered) / max(1, len(words)))
+
+
+def test_c4():
+    good = "One is here. Two is there. Three!"
+    assert first_broken(good, C4) is None
+    for bad in ("One. Two.", good + " if (x) { y; }", good + " Lorem ipsum dolor."):
+        assert first_broken(bad, C4) is not None
+    assert terminal_lines("Home\nThis line is long enough.\nThis line has no end\nShort.") == (
+        "This line is long enough."
+    )
+
+
+@given(st.text(max_size=200))
+def test_rules_take_any_text(text):
+    first_broken(text, GOPHER_QUALITY + GOPHER_REPETITION + C4)
+    for rule in GOPHER_REPETITION:
+        assert 0 <= rule.measure(text) <= 1
+
+
+# --- personal data ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "scrubbed"),
+    [
+        ("ann.lee+x@mail.example.org,", "<EMAIL>,"),
+        ("me@localhost", "me@localhost"),
+        ("Visa 4111 1111 1111 1111.", "Visa <CARD>."),
+        ("4111-1111-1111-1111", "<CARD>"),
+        ("378282246310005", "<CARD>"),
+        ("4111 1111 1111 1112", "4111 1111 1111 1112"),
+        ("0000 0000 0000 0000", "0000 0000 0000 0000"),
+        ("3.14159265358979323846", "3.14159265358979323846"),
+        ("DE89 3704 0044 0532 0130 00 IS MINE", "<IBAN> IS MINE"),
+        ("GB82WEST12345698765432", "<IBAN>"),
+        ("GB83WEST12345698765432", "GB83WEST12345698765432"),
+        ("8.8.8.8 and 2606:4700:4700::1111", "<IP> and <IP>"),
+        ("127.0.0.1, 192.168.0.7, 999.1.1.1, ::1", "127.0.0.1, 192.168.0.7, 999.1.1.1, ::1"),
+        ("at 12:30:45, std::vector, ACT I:: SCENE 2", "at 12:30:45, std::vector, ACT I:: SCENE 2"),
+        ("+44 20 7946 0958", "<PHONE>"),
+        ("call (650) 253-0000", "call <PHONE>"),
+        ("1593-1594, ISBN 0-306-40615-2, 1,234,567", "1593-1594, ISBN 0-306-40615-2, 1,234,567"),
+        ("2024-01-05 10:22", "2024-01-05 10:22"),
+    ],
+)
+def test_scrub(text, scrubbed):
+    got, counts = scrub(text)
+    assert got == scrubbed and sum(counts.values()) == scrubbed.count("<")
+    assert scrub(scrubbed) == (scrubbed, {}), "what is scrubbed stays as it is"
+
+
+def test_scrub_by_kind_and_region():
+    assert (
+        scrub("020 7946 0958", region="GB")[0] == "<PHONE>" and scrub("020 7946 0958")[0] == "020 7946 0958"
+    )
+    assert scrub("a@b.org 8.8.8.8", ("IP",)) == ("a@b.org <IP>", {"IP": 1})
+    with pytest.raises(ValueError, match="unknown kind of personal data 'FAX'.*EMAIL"):
+        scrub("x", ("FAX",))
+    kept, report = run(["write a@b.org", "to be"], ScrubPII())
+    assert kept == ["write <EMAIL>", "to be"] and report.replaced == {"EMAIL": 1} and not report.removed
+
+
+@pytest.mark.parametrize(
+    "junk", ["a" * 50_000, ":" * 50_000, "1 " * 30_000, "AB12" * 20_000, "a.-+" * 20_000 + "@"]
+)
+def test_scrub_is_not_caught_in_its_patterns(junk):
+    scrub(junk, ("EMAIL", "IBAN", "CARD", "IP"))
+
+
+@pytest.mark.parametrize(
+    ("package", "call"),
+    [
+        ("datasketch", lambda folder: run(["a"], NearDuplicates())),
+        ("phonenumbers", lambda folder: scrub("x", ("PHONE",))),
+        ("stdnum", lambda folder: scrub("x", ("IBAN",))),
+        ("stdnum", lambda folder: scrub("x", ("CARD",))),
+        ("webdataset", lambda folder: write_tar_shards(["a"], folder)),
+        ("webdataset", lambda folder: stream_batches("x.tar", ByteTokenizer(["<|eos|>"]), 1, 1)),
+    ],
+)
+def test_a_missing_package_is_one_sentence(package, call, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == package:
+            raise ImportError(f"No module named {package!r}")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r'llm-from-scratch\[data\]"$'):
+        call(tmp_path)
+
+
+def test_every_kind_has_a_finder():
+    assert list(KINDS) == ["EMAIL", "IBAN", "CARD", "IP", "PHONE"]
+
+
+# --- tar shards ---------------------------------------------------------------------------------------------
+
+TOKENIZER = ByteTokenizer(["<|eos|>"])
+
+
+@pytest.fixture
+def tars(tmp_path):
+    documents = [f"document {i} " + "x" * (i % 7) for i in range(40)]
+    write_tar_shards(documents, tmp_path / "tars", docs_per_shard=6)
+    return tmp_path / "tars", documents
+
+
+def texts_of(stream):
+    """The documents in a stream of batches of one window of one token: nothing is left out at the end."""
+    line = [int(inputs) for inputs, _ in stream]
+    return TOKENIZER.decode(line).split("<|eos|>")
+
+
+def test_every_document_once_an_epoch_over_all_ranks(tars):
+    folder, documents = tars
+    epochs = []
+    for epoch in range(2):
+        found = []
+        for rank in range(3):
+            stream = stream_batches(folder / "*.tar", TOKENIZER, 1, 1, 5, rank, 3, buffer=4, epochs=2)
+            stream.epoch = epoch
+            stream.settings["epochs"] = epoch + 1
+            found += texts_of(stream)
+        assert sorted(text for text in found if text) == sorted(documents)
+        epochs.append(found)
+    assert epochs[0] != epochs[1], "another epoch, another order"
+
+
+def test_buffer_one_and_no_seed_difference_keep_documents_whole(tars):
+    folder, documents = tars
+    line = texts_of(stream_batches(folder / "documents-00000.tar", TOKENIZER, 1, 1, buffer=1, epochs=1))
+    assert line[:6] == documents[:6]
+
+
+def test_batches_are_windows_of_the_packed_line(tars):
+    folder, _ = tars
+    one = [int(x) for x, _ in stream_batches(str(folder / "*.tar"), TOKENIZER, 1, 1, 7, epochs=2)]
+    batches = list(stream_batches(str(folder / "*.tar"), TOKENIZER, 3, 8, 7, epochs=2))
+    flat = torch.cat([inputs.flatten() for inputs, _ in batches])
+    labels = torch.cat([labels.flatten() for _, labels in batches])
+    assert flat.tolist() == one[: len(flat)] and labels.tolist() == one[1 : len(flat) + 1]
+    assert len(one) - len(flat) <= 24 and batches[0][0].shape == (3, 8) and flat.dtype == torch.int64
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 30, 61])
+def test_resume_at_the_exact_sample(tars, stop):
+    folder, _ = tars
+
+    def make():
+        return stream_batches(folder / "*.tar", TOKENIZER, 2, 8, seed=3, rank=1, world_size=2, buffer=5)
+
+    whole = make()
+    for _ in range(stop):
+        next(whole)
+    state = whole.state_dict()
+    rest = [next(whole) for _ in range(40)]
+    resumed = make()
+    next(resumed)
+    resumed.load_state_dict(state)
+    for (a, b), (c, d) in zip(rest, (next(resumed) for _ in range(40)), strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
+    other = stream_batches(folder / "*.tar", TOKENIZER, 2, 8, seed=4, rank=1, world_size=2, buffer=5)
+    with pytest.raises(ValueError, match="seed 3, and this one has 4"):
+        other.load_state_dict(state)
+
+
+@given(st.lists(st.integers(), max_size=60), st.integers(1, 20), st.integers())
+def test_a_buffer_loses_nothing_and_looks_ahead_by_its_size(items, size, seed):
+    out = list(shuffle_buffer(enumerate(items), size, random.Random(seed)))
+    assert sorted(out) == list(enumerate(items))
+    assert all(i - place < size for place, (i, _) in enumerate(out))
+    if size == 1:
+        assert out == list(enumerate(items))
+
+
+def test_same_documents_same_bytes(tmp_path):
+    one = write_tar_shards(["a", "ü\n"], tmp_path / "a")
+    two = write_tar_shards(["a", "ü\n"], tmp_path / "b")
+    assert one[0].read_bytes() == two[0].read_bytes() and one[0].name == "documents-00000.tar"
+    with pytest.raises(FileExistsError, match="already holds tar shards"):
+        write_tar_shards(["a"], tmp_path / "a")
+    for documents, size in (([], 5), (["a"], 0)):
+        with pytest.raises(ValueError):
+            write_tar_shards(documents, tmp_path / "c", size)
+
+
+def test_find_shards(tars):
+    folder, _ = tars
+    paths = [str(folder / f"documents-{i:05d}.tar") for i in range(7)]
+    assert find_shards(folder / "*.tar") == find_shards(f"{folder}/documents-{{00000..00006}}.tar") == paths
+    assert find_shards([paths[3], folder / "*0001.tar"]) == [paths[3], paths[1]]
+    web = "https://example.org/a-{0..1}.tar"
+    assert find_shards(web) == ["https://example.org/a-0.tar", "https://example.org/a-1.tar"]
+    for missing in (folder / "*.zip", f"{folder}/documents-{{00006..00007}}.tar", []):
+        with pytest.raises(FileNotFoundError, match="no tar file matches|empty list"):
+            find_shards(missing)
+    for other in ("pipe:cat x.tar", "s3://bucket/x.tar"):
+        with pytest.raises(ValueError, match="neither a path nor an http address"):
+            find_shards(other)
+
+
+@pytest.mark.parametrize("size", [0, 700, 1024, 1500, 4096])
+def test_a_truncated_tar_is_named(tars, size):
+    folder, _ = tars
+    whole = (folder / "documents-00002.tar").read_bytes()
+    (folder / "documents-00002.tar").write_bytes(whole[:size])
+    with pytest.raises(ValueError, match="documents-00002.tar cannot be read as a whole tar file"):
+        list(stream_batches(folder / "*.tar", TOKENIZER, 1, 4, epochs=1))
+
+
+def test_impossible_streams(tars):
+    pattern = tars[0] / "*.tar"
+    cases = [
+        ({"batch_size": 0}, "impossible: batch_size 0"),
+        ({"rank": 2, "world_size": 2}, "impossible"),
+        ({"world_size": 8}, "7 tar files are too few"),
+        ({"tokenizer": ByteTokenizer()}, "no <|eos|>"),
+    ]
+    for change, said in cases:
+        arguments = {"tokenizer": TOKENIZER, "batch_size": 1, "seq_len": 4, **change}
+        with pytest.raises(ValueError, match=said.replace("|", r"\|")):
+            stream_batches(pattern, **arguments)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http addresses with curl")
+def test_over_http(tars, monkeypatch):
+    folder, _ = tars
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        web = f"http://127.0.0.1:{server.server_port}/documents-{{00000..00006}}.tar"
+        over, local = (
+            stream_batches(source, TOKENIZER, 2, 16, seed=2, epochs=1) for source in (web, folder / "*.tar")
+        )
+        for (a, b), (c, d) in zip(over, local, strict=True):
+            assert torch.equal(a, c) and torch.equal(b, d)
+        missing = f"http://127.0.0.1:{server.server_port}/nothing.tar"
+        with pytest.raises(ValueError, match="nothing.tar"):
+            next(stream_batches(missing, TOKENIZER, 2, 16))
+    finally:
+        server.shutdown()
+        server.server_close()
