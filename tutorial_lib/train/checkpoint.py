@@ -1,85 +1,69 @@
-"""A model in a file: weights as safetensors, the configuration in its header. Nothing in it can run code."""
+"""A model in a file: the weights and the configuration that they need. Nothing in it can run code.
+
+The file is a checkpoint of lesson 4.4. One that a training run wrote also holds what the run needs to go on; here
+only the weights are taken from it.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.train.checkpoints import CheckpointError, load_tree, save_tree
 
-__all__ = ["CheckpointError", "load_model", "save_model"]
+__all__ = ["CheckpointError", "load_model", "model_header", "save_model"]
 
 KINDS = {"GPT": (GPTConfig, GPT), "Transformer": (ModelConfig, Transformer)}
 """What a checkpoint can hold, by the name in its header."""
 
 
-class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours. The message is one sentence."""
-
-
-def save_model(path: str | Path, model: GPT | Transformer, about: Mapping[str, Any] | None = None) -> Path:
-    """Write the model whole or not at all: beside the place first, then renamed into it.
+def model_header(model: GPT | Transformer, about: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What a checkpoint's header has to say so that `load_model` can build the model.
 
     Args:
-        about: Anything worth knowing later (step, loss, tokenizer), as JSON.
+        about: Anything worth knowing later (loss, tokenizer), as JSON.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    if model.config.tie_embeddings:
-        del tensors["head.weight"]  # the same tensor as tokens.weight: stored once
-    header = {
+    return {
         "kind": type(model).__name__,
         "config": json.dumps(asdict(model.config)),
         "about": json.dumps(dict(about or {})),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, beside, metadata=header)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+
+
+def save_model(path: str | Path, model: GPT | Transformer, about: Mapping[str, Any] | None = None) -> Path:
+    """Write the model whole or not at all: beside the place first, then renamed into it."""
+    return save_tree(path, {"model": model.state_dict()}, model_header(model, about))
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu"
+    path: str | Path, device: str | torch.device = "cpu", ema: bool = True
 ) -> tuple[GPT | Transformer, dict[str, Any]]:
     """The model in a file, ready to use (eval mode), and what was noted about it.
+
+    Args:
+        ema: Take the average of the weights, if the run kept one: that is what it was judged by.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or holds another model than its header says.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(path.parent.glob("*.safetensors")) if path.parent.is_dir() else []
-        hint = f"; beside it there is {near[0].name}" if near else "; `make tour` trains one"
-        raise CheckpointError(f"there is no checkpoint at {path}{hint}")
+    tree, header = load_tree(path)
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or was cut short: {error}") from None
-    try:
-        make_config, make_model = KINDS[header.get("kind", "GPT")]  # the first checkpoints did not say
-        config = make_config(**json.loads(header["config"]))
-        model = make_model(config).to(device)
+        make_config, make_model = KINDS[header["kind"]]
+        model = make_model(make_config(**json.loads(header["config"]))).to(device)
         about = json.loads(header.get("about", "{}"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has no usable model configuration in its header: {error}") from None
+    tensors = tree.get("model", {})
+    if ema and tree.get("ema") is not None:
+        tensors = {name.removeprefix("module."): t for name, t in tree["ema"].items() if name != "n_averaged"}
     expected = model.state_dict()
-    if config.tie_embeddings:
-        expected.pop("head.weight")
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "missing" if name in expected else "not part of this model"
         raise CheckpointError(f"{path}: the tensor {name!r} is {state}")
@@ -87,5 +71,5 @@ def load_model(
         if tensor.shape != expected[name].shape:
             found, wanted = tuple(tensor.shape), tuple(expected[name].shape)
             raise CheckpointError(f"{path}: the tensor {name!r} has shape {found}, the model needs {wanted}")
-    model.load_state_dict(tensors, strict=False)
+    model.load_state_dict(tensors)
     return model.eval(), about

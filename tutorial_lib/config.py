@@ -1,0 +1,349 @@
+"""What a run is: four small tables in a YAML file, and `key=value` overrides on the command line.
+
+    model: {d_model: 256, n_heads: 4, n_layers: 8}
+    train: {steps: 2000, lr: 3e-4}
+    data:  {tokenizer: byte, dataset: shakespeare}
+    log:   {wandb: false}
+
+OmegaConf reads it (to plain YAML, `3e-4` is a text) and checks the types; what it cannot know, such as that d_model
+must be divisible by n_heads, is checked here. Whatever is wrong is one sentence with the nearest right name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from tutorial_lib.core.kernels import KERNELS
+from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.train.optimizers import KINDS
+from tutorial_lib.train.schedules import SCHEDULES
+
+__all__ = ["Config", "ConfigError", "DataConfig", "LogConfig", "TrainConfig", "load_config", "model_config"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run. The message is one sentence."""
+
+
+@dataclass
+class TrainConfig:
+    """How to train. The learning rate's schedule is that of lesson 4.3, precision that of 4.2."""
+
+    batch_size: int = 32
+    """Sequences in an optimizer step, over all processes together."""
+    micro_batch_size: int | None = None
+    """Sequences that a device works on at once; the batch is accumulated from them. None: as many as it has to."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    steps: int = 1000
+    """Optimizer steps."""
+    max_seconds: float | None = None
+    """Stop after so much training time, if that comes first."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """`cosine`, `linear`, `wsd` or `constant`."""
+    warmup_steps: int = 100
+    """Steps spent rising to the peak."""
+    lr_floor: float = 0.1
+    """The factor on the peak at the end."""
+    optimizer: str = "adamw"
+    """`adamw`, or `muon` for the matrices in the blocks with AdamW for the rest."""
+    matrix_lr: float | None = None
+    """Muon's peak rate; `lr` when None."""
+    momentum: float = 0.95
+    """Muon's memory."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's memory for the gradient and for its square."""
+    weight_decay: float = 0.1
+    """Pull of the matrices towards zero."""
+    grad_clip: float | None = 1.0
+    """The largest gradient norm that is let through; None for all."""
+    amp: bool | str = False
+    """Mixed precision: true for what suits the device, or `bf16` or `fp16`."""
+    ema: float | None = None
+    """Decay of an average of the weights that is kept, evaluated and saved as well (0.999, say)."""
+    compile: bool = False
+    """Whether torch.compile goes over the model first."""
+    activation_checkpointing: bool = False
+    """Whether blocks are computed again in backward, to save memory."""
+    attention: str = "auto"
+    """The attention kernel (lesson 4.6)."""
+    parallel: str = "ddp"
+    """`ddp`, `fsdp` or `deepspeed`, where torchrun starts several processes."""
+    zero_stage: int = 2
+    """DeepSpeed's: 2 cuts gradients and moments among the processes, 3 the weights, too."""
+    device: str | None = None
+    """`cpu`, `cuda`, `mps`; the best one there is when None."""
+    seed: int = 0
+    """Of the weights, the order of the data, and dropout."""
+    eval_every: int = 250
+    """Steps between two looks at the validation text."""
+    eval_windows: int | None = 256
+    """Sequences that are looked at, spread over the text; None for all of it."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a gain."""
+    save_every: int = 250
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_best: int = 3
+    """Of the others, those with the lowest validation loss that stay."""
+
+
+@dataclass
+class DataConfig:
+    """What to train on."""
+
+    dataset: str = "shakespeare"
+    """A corpus of ours, a pattern of text files, a folder of `llm-scratch tokenize`, or a pattern of tar files."""
+    val: str | None = None
+    """Another such text to validate on. None: the last tenth (a folder has its own)."""
+    val_fraction: float = 0.1
+    """How much the last tenth is."""
+    tokenizer: str | None = None
+    """`byte`, `gpt2`, or the path of a vocabulary of ours. None: the folder's own, or bytes."""
+
+
+@dataclass
+class LogConfig:
+    """What to write down, and where."""
+
+    dir: str = "runs"
+    """Runs go to folders in this one."""
+    name: str | None = None
+    """The run's folder; the configuration file's name when None."""
+    every: int = 10
+    """Steps between two rows of the log."""
+    tensorboard: bool = True
+    """Also write TensorBoard's event files."""
+    wandb: bool = False
+    """Also log to Weights & Biases; offline without a key or network."""
+    project: str = "llm-scratch"
+    """Its name there."""
+    histograms: bool = False
+    """Also log histograms of weights and gradients, at each evaluation."""
+    prompt: str | None = None
+    """At each evaluation, write down how the model continues this."""
+    trace_at: int | None = None
+    """Record a profiler trace of three steps from this one on."""
+
+
+# ModelConfig itself, but for two types that OmegaConf does not know.
+_LOOSE = {"window": Any, "rope_scaling": Any}
+_hints = get_type_hints(ModelConfig)
+_ModelTable = make_dataclass(
+    "ModelTable", [(f.name, _LOOSE.get(f.name, _hints[f.name]), f.default) for f in fields(ModelConfig)]
+)
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    model: Any = field(default_factory=_ModelTable)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts and values, for a file or a log."""
+        return asdict(self)
+
+
+_TABLES = {"model": _ModelTable, "train": TrainConfig, "data": DataConfig, "log": LogConfig}
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in a file, with overrides such as `train.lr=2e-4`, checked.
+
+    Raises:
+        ConfigError: whatever is wrong, in one sentence.
+    """
+    given = _read(Path(path)) if path is not None else OmegaConf.create({})
+    known = {f"{table}.{f.name}": f for table, kind in _TABLES.items() for f in fields(kind)}
+    for where, table in [(str(path), given), *((override, _override(override)) for override in overrides)]:
+        for key in _keys(table):
+            if key not in known and key not in _TABLES:
+                raise ConfigError(_unknown(key, known, where))
+            if key in _TABLES and not isinstance(table._get_node(key), DictConfig):
+                raise ConfigError(f"{where}: {key} must be a table of settings, such as {key}.{_first(key)}")
+        try:
+            given = OmegaConf.merge(given, table)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{where}: {_first_line(error)}") from None
+    try:
+        merged = OmegaConf.merge(
+            OmegaConf.structured(Config), {"model": OmegaConf.structured(_ModelTable)}, given
+        )
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_mistyped(error, given)) from None
+    assert isinstance(config, Config)
+    if "max_seq_len" not in given.get("model", {}):
+        config.model.max_seq_len = config.train.seq_len
+    _check(config)
+    return config
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The model's part, as the model wants it."""
+    return ModelConfig(**asdict(config.model))
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.3
+        )
+        hint = f": did you mean {path.with_name(near[0])}?" if near else ""
+        raise ConfigError(f"there is no configuration at {path}{hint}")
+    try:
+        given = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from None
+    if not isinstance(given, DictConfig):
+        raise ConfigError(f"{path} is not a table of {', '.join(_TABLES)}")
+    return given
+
+
+def _override(text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{text!r} is no override: write key=value, as in train.lr=2e-4")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{text!r} is no override: {_first_line(error)}") from None
+
+
+def _keys(table: DictConfig, prefix: str = "") -> Iterator[str]:
+    """`model`, `model.d_model`, …; a table's fields one level deep, as nothing here is deeper."""
+    for key in table:
+        yield f"{prefix}{key}"
+        inside = table._get_node(key)
+        if not prefix and key in _TABLES and isinstance(inside, DictConfig):
+            yield from _keys(inside, f"{key}.")
+
+
+def _first(table: str) -> str:
+    return fields(_TABLES[table])[0].name
+
+
+def _unknown(key: str, known: dict[str, Any], where: str) -> str:
+    candidates = [*known, *_TABLES]
+    last = key.rpartition(".")[2]
+    same = [name for name in candidates if name.rpartition(".")[2] == last]
+    near = same or difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
+    return f"{where}: there is no setting {key!r}: did you mean {near[0]!r}?"
+
+
+def _mistyped(error: OmegaConfBaseException, given: DictConfig) -> str:
+    table, _, name = (error.full_key or "").partition(".")
+    name = name.partition("[")[0].partition(".")[0]
+    hint = get_type_hints(_TABLES[table]).get(name) if table in _TABLES else None
+    if hint is None or "nterpolation" in f"{type(error).__name__} {error}":
+        return f"{error.full_key or 'the configuration'}: {_first_line(error)}"
+    kind = hint.__name__ if isinstance(hint, type) else str(hint)
+    value = OmegaConf.to_container(given, resolve=False)[table][name]
+    return f"{table}.{name} is {value!r}, but must be {kind.replace('typing.', '').replace('None', 'null')}"
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())
+
+
+def _check(config: Config) -> None:
+    """What types cannot say."""
+    train, data, log = config.train, config.data, config.log
+    at_least_one = ("batch_size", "micro_batch_size", "seq_len", "steps", "eval_every", "eval_windows")
+    for name in (*at_least_one, "patience", "save_every", "keep_last"):
+        if (value := getattr(train, name)) is not None and value < 1:
+            raise ConfigError(f"train.{name} is {value}, but must be at least 1")
+    for name in ("lr", "matrix_lr", "max_seconds", "grad_clip"):
+        if (value := getattr(train, name)) is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"train.{name} is {value}, but must be above 0")
+    for name in ("warmup_steps", "weight_decay", "keep_best", "seed"):
+        if not 0 <= getattr(train, name) < float("inf"):
+            raise ConfigError(f"train.{name} is {getattr(train, name)}, but must be 0 or more")
+    for name, low, high in (("lr_floor", 0, 1), ("momentum", 0, 1), ("ema", 0, 1)):
+        if (value := getattr(train, name)) is not None and not low <= value <= high:
+            raise ConfigError(f"train.{name} is {value}, but must lie between {low} and {high}")
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise ConfigError(
+            f"train.betas is {train.betas}, but must be two numbers, each 0 or more and below 1"
+        )
+    if train.warmup_steps >= train.steps and train.warmup_steps > 0:
+        raise ConfigError(
+            f"train.warmup_steps is {train.warmup_steps}, but the run has only {train.steps} steps"
+        )
+    _one_of("train.schedule", train.schedule, SCHEDULES)
+    _one_of("train.optimizer", train.optimizer, KINDS)
+    _one_of("train.attention", train.attention, KERNELS)
+    _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "deepspeed", "none"))
+    if isinstance(train.amp, str):
+        _one_of("train.amp", train.amp, ("bf16", "fp16"))
+    if train.zero_stage not in (1, 2, 3):
+        raise ConfigError(f"train.zero_stage is {train.zero_stage}, but must be 1, 2 or 3")
+    if not 0 < data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction is {data.val_fraction}, but must lie between 0 and 1")
+    if log.every < 1:
+        raise ConfigError(f"log.every is {log.every}, but must be at least 1")
+    if log.name is not None and (Path(log.name).name != log.name or log.name in ("", ".", "..")):
+        raise ConfigError(f"log.name is {log.name!r}, but must be the plain name of a folder in log.dir")
+    if train.parallel in ("fsdp", "deepspeed"):
+        for name, off in (("optimizer", "adamw"), ("ema", None)):
+            if getattr(train, name) != off:
+                raise ConfigError(f"train.parallel={train.parallel} does not go with train.{name}: use ddp")
+    _check_model(config)
+
+
+def _check_model(config: Config) -> None:
+    for name in ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_head", "d_mlp"):
+        value = getattr(config.model, name)
+        if value is not None and not 1 <= value <= 10**6:  # beyond it a typing error, and slow to find out
+            raise ConfigError(f"model.{name} is {value}, but must be at least 1 and at most a million")
+    window = config.model.window
+    if not (
+        window is None
+        or _whole(window)
+        or (isinstance(window, list) and all(w is None or _whole(w) for w in window))
+    ):
+        raise ConfigError(f"model.window is {window!r}, but must be a length, null, or a list of these")
+    if not isinstance(config.model.rope_scaling, (dict, type(None))):
+        raise ConfigError(f"model.rope_scaling is {config.model.rope_scaling!r}, but must be a table or null")
+    try:
+        shape = model_config(config)
+        few = min(shape.n_layers, len(window) if isinstance(window, list) else 1)
+        with torch.device("meta"):  # the layers have checks of their own; nothing is allocated
+            Transformer(replace(shape, n_layers=few))
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
+        raise ConfigError(f"model: {_first_line(error)}") from None
+    positions = shape.positions or ("none" if shape.rope else "learned")
+    if positions != "none" and config.train.seq_len > shape.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len is {config.train.seq_len}, but the {positions} positions end at "
+            f"model.max_seq_len {shape.max_seq_len}"
+        )
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), [*choices], n=1, cutoff=0.0)
+        raise ConfigError(f"{name} is {value!r}: did you mean {near[0]!r}? There are {', '.join(choices)}")
+
+
+assert all(f.default is not MISSING for f in fields(ModelConfig)), "every model setting has a default"
