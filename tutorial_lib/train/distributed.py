@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 __all__ = [
-    "agree", "all_sum", "barrier", "gather_objects", "gradient_sync", "is_main", "rank", "shard_like", "start", "stop",
-    "unwrap", "whole", "world_size",
+    "agree", "all_sum", "any_of", "barrier", "gather_objects", "gradient_sync", "is_main", "rank", "shard_like",
+    "start", "stop", "unwrap", "whole", "world_size",
 ]  # fmt: skip
 
 
@@ -44,14 +44,15 @@ def is_main() -> bool:
 def start(device: torch.device) -> torch.device:
     """Join the processes that `torchrun` started (do nothing without it); returns this process's device.
 
-    On GPUs each process takes the one of its local rank and they talk through NCCL; otherwise through gloo.
+    On GPUs each process takes the one of its local rank. Tensors there travel through NCCL, and tensors in the
+    processor's memory through gloo, so that a number can be agreed on while the GPU works.
     """
     if "LOCAL_RANK" not in os.environ or _running():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
     return device
@@ -86,8 +87,21 @@ def gather_objects(thing: Any) -> list[Any]:
 
 
 def agree(number: float) -> float:
-    """The first process's number, for all: clocks differ, and decisions must not."""
-    return gather_objects(number)[0]
+    """The first process's number, for all: clocks differ, and decisions must not. All must call it."""
+    if not _running():
+        return number
+    told = torch.tensor([number], dtype=torch.float64)  # stays off the GPU, which would have to be waited for
+    dist.broadcast(told, src=0)
+    return told.item()
+
+
+def any_of(wish: bool) -> bool:
+    """Whether any process says yes: all stop together, or the rest would wait for ever. All must call it."""
+    if not _running():
+        return wish
+    wishes = torch.tensor([int(wish)])
+    dist.all_reduce(wishes, dist.ReduceOp.MAX)
+    return bool(wishes.item())
 
 
 @contextmanager
