@@ -89,7 +89,7 @@ class BPETokenizer:
         """Learn a vocabulary of `vocab_size` ids, specials included (fewer if the text runs out of pairs).
 
         Ids 0 to 255 are the bytes, then the tokens in the order of their merges: a smaller vocabulary is the
-        beginning of a larger one. See `learn_merges` for ties. One text or many; none is held twice.
+        beginning of a larger one. See `learn_merges` for ties. `texts` is one text or many; no chunk spans two.
         """
         n_merges = vocab_size - 256 - len(specials)
         if n_merges < 0:
@@ -162,7 +162,11 @@ class BPETokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Decode as ids arrive, holding back the bytes of an unfinished character."""
+        """Decode as ids arrive, holding back the bytes of an unfinished character.
+
+        Raises:
+            ValueError: at an id outside the vocabulary.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for i in ids:
             if piece := decoder.decode(self._token(i)):
@@ -199,14 +203,15 @@ class BPETokenizer:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(content, dict) or content.get("format") != _FORMAT:
                 raise ValueError(f"it does not say {_FORMAT!r}")
-            names, pattern = content["specials"], content["pattern"]
-            if not isinstance(pattern, str) or not all(isinstance(name, str) for name in [*names]):
-                raise ValueError("its pattern or its specials are not text")
-            tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
+            names, pattern, written = (content.get(key) for key in ("specials", "pattern", "tokens"))
+            lists = isinstance(names, list) and isinstance(written, list)
+            if not lists or not all(isinstance(text, str) for text in [pattern, *names, *written]):
+                raise ValueError("its pattern, its specials or its tokens are missing or are not text")
+            tokens = [base64.b64decode(token, validate=True) for token in written]
             if len(set(tokens)) != len(tokens):
                 raise ValueError("a token is listed twice")
-            return cls({token: i for i, token in enumerate(tokens)}, [*names], pattern)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return cls({token: i for i, token in enumerate(tokens)}, names, pattern)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a BPE vocabulary that this course wrote: {error}") from error
 
     @classmethod

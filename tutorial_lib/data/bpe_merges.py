@@ -40,7 +40,7 @@ def learn_merges(chunk_counts: Mapping[str, int], n_merges: int) -> list[tuple[i
 
     Ids 0 to 255 are the bytes; merge number i makes token 256 + i. Each merge takes the pair of neighbors with
     the highest count; of several, the one with the smallest first id, then the smallest second id. There are
-    fewer than `n_merges` where the text runs out of pairs.
+    fewer than `n_merges` where the text runs out of pairs. Source of the idea: Gage 1994.
 
     A chunk is kept as a string in which character number i stands for token i, so that a merge is
     `str.replace`: from left to right, without overlaps. Only chunks that hold the merged pair are looked at.
