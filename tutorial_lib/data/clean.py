@@ -176,7 +176,8 @@ class NearDuplicates:
             raise ImportError(
                 'near-duplicates need the package datasketch: pip install "llm-from-scratch[data]"'
             ) from error
-        table = MinHashLSH(self.threshold, self.num_perm)
+        # Every candidate is compared, so a false alarm costs a moment and a miss is for good: mind the misses.
+        table = MinHashLSH(self.threshold, self.num_perm, weights=(0.1, 0.9))
         signatures: dict[int, MinHash] = {}
         for document in documents:
             signature = MinHash(self.num_perm, self.seed)

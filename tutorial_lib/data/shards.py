@@ -19,10 +19,10 @@ import numpy as np
 from tutorial_lib.data.datasets import open_tokens, write_tokens
 from tutorial_lib.files import write_text
 
-__all__ = ["INDEX", "ShardWriter", "ShardedTokens"]
+__all__ = ["ShardWriter", "ShardedTokens"]
 
 
-INDEX = "index.json"
+_INDEX = "index.json"
 
 
 class ShardWriter:
@@ -52,7 +52,7 @@ class ShardWriter:
         if vocab_size < 1 or shard_tokens < 1:
             raise ValueError(f"vocab_size {vocab_size} and shard_tokens {shard_tokens} must be at least 1")
         self.folder, self.vocab_size, self.tokenizer = Path(folder), vocab_size, tokenizer
-        if (self.folder / INDEX).exists():
+        if (self.folder / _INDEX).exists():
             raise FileExistsError(
                 f"{folder} already holds finished shards: delete it or choose another folder"
             )
@@ -105,7 +105,7 @@ class ShardWriter:
         index = {"format": 1, "vocab_size": self.vocab_size, "tokenizer": self.tokenizer}
         index |= {"dtype": str(self._buffer.dtype), "total": self.total, "shards": self._shards}
         self._closed = True
-        write_text(self.folder / INDEX, json.dumps(index, indent=1) + "\n")
+        write_text(self.folder / _INDEX, json.dumps(index, indent=1) + "\n")
 
     def _flush(self) -> None:
         if self._filled:
@@ -214,14 +214,14 @@ class ShardedTokens:
 
 def _read_index(folder: Path) -> dict:
     """The index of a folder, after checking that the files beside it are those it speaks of."""
-    if not (folder / INDEX).is_file():
+    if not (folder / _INDEX).is_file():
         found = len(list(folder.glob("tokens_*.npy"))) if folder.is_dir() else 0
         why = (
             f"{found} shards and no index, so writing them was never finished" if found else "no token shards"
         )
         raise FileNotFoundError(f"{folder} holds {why}: run llm-scratch tokenize, or use ShardWriter")
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         np.dtype(index["dtype"]), index["tokenizer"], int(index["vocab_size"])
         shards = {str(s["file"]): (int(s["tokens"]), int(s["bytes"])) for s in index["shards"]}
         sound = index["format"] == 1 and sum(tokens for tokens, _ in shards.values()) == index["total"] > 0
@@ -229,7 +229,7 @@ def _read_index(folder: Path) -> dict:
             raise ValueError("its numbers do not fit together")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / INDEX} is no index of token shards ({error!r}): write them again"
+            f"{folder / _INDEX} is no index of token shards ({error!r}): write them again"
         ) from error
     for name, (_, size) in shards.items():
         if not (folder / name).is_file():
