@@ -8,7 +8,28 @@ the outer loop). Letters: T queries · K keys · C channels of a head; any dimen
 import torch
 from torch import Tensor
 
-__all__ = ["tiles", "online_softmax_step", "attend_in_tiles", "flash_attention"]
+__all__ = ["online_softmax_step", "tiles", "attend_in_tiles", "flash_attention"]
+
+
+def online_softmax_step(
+    m: Tensor, l: Tensor, acc: Tensor, scores: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one more tile of scores into a softmax that is under way.
+
+    Args:
+        m: The largest score of each query so far `(..., T, 1)`; −∞ at the start.
+        l: The sum of exp(score − m) so far `(..., T, 1)`.
+        acc: The sum of exp(score − m) · value so far `(..., T, C)`.
+        scores: The next tile `(..., T, K)`; −∞ where a query may not look.
+        v: Its values `(..., K, C)`.
+
+    Returns:
+        The new `m`, `l` and `acc`. After the last tile, `acc / l` is softmax(scores) v.
+    """
+    m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))  # (..., T, 1)
+    rescale = (m - m_new).exp()  # what was summed relative to the old maximum, relative to the new one
+    p = (scores - m_new).exp()  # (..., T, K), all at most 1: nothing overflows
+    return m_new, l * rescale + p.sum(dim=-1, keepdim=True), acc * rescale + p @ v
 
 
 def tiles(T: int, K: int, causal: bool, block_q: int, block_k: int) -> list[tuple[slice, list[slice]]]:
@@ -31,27 +52,6 @@ def tiles(T: int, K: int, causal: bool, block_q: int, block_k: int) -> list[tupl
         columns = [slice(left, min(left + block_k, K)) for left in range(0, seen, block_k)]
         plan.append((rows, columns))
     return plan
-
-
-def online_softmax_step(
-    m: Tensor, l: Tensor, acc: Tensor, scores: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one more tile of scores into a softmax that is under way.
-
-    Args:
-        m: The largest score of each query so far `(..., T, 1)`; −∞ at the start.
-        l: The sum of exp(score − m) so far `(..., T, 1)`.
-        acc: The sum of exp(score − m) · value so far `(..., T, C)`.
-        scores: The next tile `(..., T, K)`; −∞ where a query may not look.
-        v: Its values `(..., K, C)`.
-
-    Returns:
-        The new `m`, `l` and `acc`. After the last tile, `acc / l` is softmax(scores) v.
-    """
-    m_new = torch.maximum(m, scores.amax(dim=-1, keepdim=True))  # (..., T, 1)
-    rescale = (m - m_new).exp()  # what was summed relative to the old maximum, relative to the new one
-    p = (scores - m_new).exp()  # (..., T, K), all at most 1: nothing overflows
-    return m_new, l * rescale + p.sum(dim=-1, keepdim=True), acc * rescale + p @ v
 
 
 def _scores(
@@ -115,6 +115,22 @@ def attend_in_tiles(
     return out, lse
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, block_q: int, block_k: int) -> tuple[int, int]:
+    T, K = q.shape[-2], k.shape[-2]
+    if q.shape[-1] != k.shape[-1] or v.shape[-2] != K or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v must be (..., T, C), (..., K, C), (..., K, C_v), but are {shapes}")
+    if K == 0:
+        raise ValueError("there are no keys: a softmax over nothing has no value")
+    if causal and T > K:
+        raise ValueError(
+            f"{T} causal queries are the last of {K} tokens: give at least as many keys as queries"
+        )
+    if min(block_q, block_k) < 1:
+        raise ValueError(f"blocks are {block_q} × {block_k}, but must be at least 1 × 1")
+    return T, K
+
+
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, scale, block_q, block_k):
@@ -166,19 +182,3 @@ def flash_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _FlashAttention.apply(q, k, v, causal, scale, block_q, block_k)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, block_q: int, block_k: int) -> tuple[int, int]:
-    T, K = q.shape[-2], k.shape[-2]
-    if q.shape[-1] != k.shape[-1] or v.shape[-2] != K or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k, v must be (..., T, C), (..., K, C), (..., K, C_v), but are {shapes}")
-    if K == 0:
-        raise ValueError("there are no keys: a softmax over nothing has no value")
-    if causal and T > K:
-        raise ValueError(
-            f"{T} causal queries are the last of {K} tokens: give at least as many keys as queries"
-        )
-    if min(block_q, block_k) < 1:
-        raise ValueError(f"blocks are {block_q} × {block_k}, but must be at least 1 × 1")
-    return T, K

@@ -39,6 +39,16 @@ KERNELS = ("auto", *TORCH_KERNELS, "tiled", *PACKAGES)
 """All names: `auto` is torch's own choice, `tiled` is ours in plain torch (`core.flash`)."""
 
 
+def _import_package(name: str) -> ModuleType:
+    module, pip_name = PACKAGES[name]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the attention kernel {name!r} needs a package: pip install {pip_name} ({error})"
+        ) from None
+
+
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
     """Inside this context every `F.scaled_dot_product_attention` is computed by the kernel `name`.
@@ -164,7 +174,7 @@ def _through(name: str, kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     # Under autocast torch's own function casts its inputs; whoever takes its place has to do the same.
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -172,16 +182,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, causal: bool, scale: float) -> Tensor:
     return flash_attention(q, k, v, causal, scale)
-
-
-def _import_package(name: str) -> ModuleType:
-    module, pip_name = PACKAGES[name]
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"the attention kernel {name!r} needs a package: pip install {pip_name} ({error})"
-        ) from None
 
 
 def _xformers(
