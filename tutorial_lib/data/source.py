@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.data.shards import INDEX, ShardedTokens
+from tutorial_lib.data.shards import ShardedTokens
 from tutorial_lib.data.stream import ShuffledBatches
 from tutorial_lib.data.tokenizers import Tokenizer, encode_bytes, load_tokenizer, token_lengths
 from tutorial_lib.train.evaluate import split_train_val
@@ -103,7 +103,7 @@ def open_source(
 
 
 def _open_folder(folder: Path, tokenizer: str | None, val: str | None, beside: Path | None) -> Source:
-    train = ShardedTokens(folder / "train" if (folder / "train" / INDEX).is_file() else folder)
+    train = ShardedTokens(folder / "train" if (folder / "train" / "index.json").is_file() else folder)
     own = train.tokenizer or "byte"
     name = own if own in ("byte", "gpt2") else str(folder / own)
     if tokenizer is not None and tokenizer not in (own, name):
@@ -111,7 +111,7 @@ def _open_folder(folder: Path, tokenizer: str | None, val: str | None, beside: P
             f"data.tokenizer is {tokenizer!r}, but {folder} was written with {own!r}: leave it out"
         )
     known = load_tokenizer(name, beside)
-    if val is None and not (folder / "val" / INDEX).is_file():
+    if val is None and not (folder / "val" / "index.json").is_file():
         raise ValueError(f"{folder} has no folder val: name a text to validate on in data.val")
     return Source(known, name, train, _tokens(val or str(folder / "val"), known, name, beside))
 

@@ -1,0 +1,74 @@
+"""What all commands share: errors as sentences, and exit codes that mean something."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+
+from tutorial_lib.config import ConfigError
+from tutorial_lib.data.corpora import CorpusError
+from tutorial_lib.train.checkpoints import CheckpointError
+from tutorial_lib.train.trainer import DivergedError
+
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "run_alone", "sentences", "speak"]
+
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: what was asked for cannot be done; it was tried and failed; Ctrl-C."""
+
+console = Console(stderr=True, highlight=False)
+
+
+def speak(sentence: str) -> None:
+    """One line for the person at the terminal; results go to stdout, this does not."""
+    console.print(sentence, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Turn every error into one sentence and an exit code; `LLM_SCRATCH_DEBUG=1` shows the traceback as well."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        speak("stopped")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # `llm-scratch generate … | head`
+        sys.stdout = open(os.devnull, "w")
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if os.environ.get("LLM_SCRATCH_DEBUG"):
+            raise
+        code, sentence = _explain(error)
+        speak(f"error: {sentence}")
+        raise typer.Exit(code) from None
+
+
+def _explain(error: Exception) -> tuple[int, str]:
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        hint = "lower train.micro_batch_size or train.seq_len, or set train.activation_checkpointing=true"
+        return FAILED, f"the device is out of memory: {hint}"
+    if isinstance(error, (ConfigError, CheckpointError)):
+        return BAD_INPUT, text
+    if isinstance(error, DivergedError):
+        return FAILED, text
+    if isinstance(error, (CorpusError, ImportError, ValueError)):
+        return BAD_INPUT, text
+    if isinstance(error, OSError):
+        return FAILED, f"{error.strerror or text}" + (f": {error.filename}" if error.filename else "")
+    return FAILED, f"{type(error).__name__}: {text[:300]} (LLM_SCRATCH_DEBUG=1 shows where)"
+
+
+def run_alone(command: Callable[..., Any]) -> None:
+    """For `python -m tutorial_lib.cli.<command>`."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    app()

@@ -1,0 +1,116 @@
+"""`llm-scratch train --dry-run`: what a run would take, without running it."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from tutorial_lib.cli.common import console
+from tutorial_lib.config import Config, model_config
+from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.tools.accounting import ModelShape, count_parameters, flops_per_token, training_memory
+from tutorial_lib.tools.devices import pick_device
+from tutorial_lib.tools.profiling import measure_roofline, time_call
+from tutorial_lib.train.accumulate import accumulate_gradients
+from tutorial_lib.train.runner import pick_precision
+
+__all__ = ["report", "shape_of"]
+
+UTILIZATION = 0.4
+"""The share of the measured peak that a large model may hope for."""
+
+
+def shape_of(config: ModelConfig) -> ModelShape:
+    """What decides the cost of a `Transformer`."""
+    learned = config.positions == "learned" or (config.positions is None and not config.rope)
+    d_mlp = config.d_mlp
+    if d_mlp is None and config.mlp == "swiglu":
+        from tutorial_lib.core.swiglu import gated_width
+
+        d_mlp = gated_width(config.d_model)
+    return ModelShape(
+        config.vocab_size,
+        config.d_model,
+        config.n_layers,
+        config.n_heads,
+        config.n_kv_heads,
+        config.d_head,
+        d_mlp,
+        gated=config.mlp == "swiglu",
+        tied=config.tie_embeddings,
+        learned_positions=config.max_seq_len if learned else 0,
+        bias=config.bias,
+        norm=config.norm,
+        qk_norm=config.qk_norm,
+    )
+
+
+def report(config: Config) -> None:
+    """Print parameters, FLOPs, memory and an estimate of the time."""
+    import torch
+
+    train, shape = config.train, shape_of(model_config(config))
+    device = pick_device(train.device)
+    precision = pick_precision(train.amp, device)
+    parameters = count_parameters(shape)
+    flops = flops_per_token(shape, train.seq_len)
+    tokens = train.batch_size * train.seq_len * train.steps
+    rows = train.micro_batch_size or train.batch_size
+    few_bytes = 4 if precision.dtype == torch.float32 else 2
+    memory = training_memory(shape, rows, train.seq_len, activation_bytes=few_bytes)
+
+    table = Table(title=f"{config.log.name}: a dry run", show_header=False, title_justify="left")
+    for name, count in parameters.items():
+        table.add_row(f"parameters: {name}", f"{count:,}")
+    table.add_section()
+    table.add_row("tokens", f"{tokens:,} = {train.batch_size} × {train.seq_len} × {train.steps:,} steps")
+    table.add_row("FLOPs per token", f"{flops['training']:,} (forward and backward)")
+    table.add_row("FLOPs in all", f"{flops['training'] * tokens:.3g}")
+    table.add_section()
+    for name, size in memory.items():
+        note = f" ({rows} rows at once, estimated)" if name == "activations" else ""
+        table.add_row(f"memory: {name}", f"{size / 2**20:,.0f} MiB{note}")
+    if train.activation_checkpointing:
+        table.add_row("", "activation checkpointing keeps a fraction of the activations")
+    table.add_section()
+    peak = measure_roofline(device, precision.dtype).flops_per_second
+    table.add_row("peak, measured", f"{peak / 1e12:.3g} TFLOP/s in {str(precision.dtype)[6:]} on {device}")
+    per_second, how = _tokens_per_second(config, flops["training"], peak)
+    seconds = tokens / per_second
+    table.add_row("speed", f"{per_second:,.0f} tokens/s, {how}")
+    table.add_row("time", f"{_duration(seconds)} on one device")
+    if train.max_seconds is not None and train.max_seconds < seconds:
+        share = train.max_seconds / seconds
+        table.add_row(
+            "", f"train.max_seconds {train.max_seconds:g} ends it after about {share:.0%} of the steps"
+        )
+    console.print(table)
+
+
+def _tokens_per_second(config: Config, flops_per_token: float, peak: float) -> tuple[float, str]:
+    """Measured on a micro-batch of random tokens, if that is quick; else from the peak."""
+    import torch
+
+    train = config.train
+    rows = train.micro_batch_size or train.batch_size
+    rate = peak * UTILIZATION / flops_per_token
+    if rows * train.seq_len / rate > 5:
+        return rate, f"at {UTILIZATION:.0%} of the peak (a guess: a micro-batch takes too long to try)"
+    device = pick_device(train.device)
+    try:
+        model = Transformer(model_config(config)).to(device)
+        ids = torch.randint(config.model.vocab_size, (rows, train.seq_len + 1))
+        pieces = [(ids[:, :-1], ids[:, 1:])]
+        precision = pick_precision(train.amp, device)
+        step = time_call(
+            lambda: accumulate_gradients(model, pieces, precision), repeats=2, warmup=1, device=device
+        )
+    except torch.OutOfMemoryError:
+        return rate, f"at {UTILIZATION:.0%} of the peak (a micro-batch does not fit into memory)"
+    return rows * train.seq_len / step.median, "measured on a micro-batch, without the optimizer"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.0f} seconds"

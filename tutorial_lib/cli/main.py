@@ -1,0 +1,34 @@
+"""`llm-scratch`: all commands under one name."""
+
+from __future__ import annotations
+
+import typer
+
+from tutorial_lib.cli.evaluate import evaluate
+from tutorial_lib.cli.fetch import fetch
+from tutorial_lib.cli.generate import generate
+from tutorial_lib.cli.tokenize import tokenize
+from tutorial_lib.cli.train import train
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Train, evaluate and use the models that the course builds.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(tokenize)
+app.command()(fetch)
+
+
+def main() -> None:
+    """The console command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
