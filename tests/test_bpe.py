@@ -26,7 +26,7 @@ TRAINED_ON = (
     "arrows of outrageous fortune, naïve café — née 12345 人人生而自由，在尊严和权利上一律平等。 🙂🙂👩‍🔬\n\n    it's we'll "
     "\tEl\u0301 E\u0301l 1234 12 aaaa aaaaaaa banana bananas  \n"
 ) * 3
-TOKENIZER = BPETokenizer.train(TRAINED_ON, 480, NAMES)
+TOKENIZER = BPETokenizer.train(TRAINED_ON, 420, NAMES)
 
 # No unassigned code points: the three libraries know different versions of Unicode.
 characters = st.characters(codec="utf-8", exclude_categories=("Cs", "Cn"))
@@ -152,7 +152,7 @@ def test_the_plays_in_three_encoders(plays):
 
 
 def test_sizes_and_what_training_refuses():
-    assert TOKENIZER.vocab_size == 480 and TOKENIZER.specials["<|eos|>"] == 476 == TOKENIZER.eos_id
+    assert TOKENIZER.vocab_size == 420 and TOKENIZER.specials["<|eos|>"] == 416 == TOKENIZER.eos_id
     assert BPETokenizer.train("ab", 1000).vocab_size == 257, "the text ran out of pairs"
     assert BPETokenizer.train([], 300).vocab_size == BPETokenizer.train("", 256).vocab_size == 256
     assert BPETokenizer.train("ab", 300).eos_id is None
@@ -221,7 +221,7 @@ def test_three_encoders_with_specials(text: str):
 
 @given(texts)
 def test_text_never_makes_a_special(text: str):
-    assert all(i < 476 for i in TOKENIZER.encode(text))
+    assert all(i < 416 for i in TOKENIZER.encode(text))
 
 
 @given(st.text())
@@ -261,7 +261,7 @@ def test_ids_may_be_numpy_or_torch():
 @pytest.mark.parametrize("bad", [-1, TOKENIZER.vocab_size, 10**9])
 def test_an_id_outside_is_an_error_that_says_so(bad: int):
     for read in (TOKENIZER.decode, TOKENIZER.decode_bytes, lambda ids: list(TOKENIZER.stream(ids))):
-        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 480"):
+        with pytest.raises(ValueError, match=f"token id {bad} is outside the vocabulary of 420"):
             read([97, bad])
 
 
@@ -344,7 +344,7 @@ def test_save_and_load(tmp_path):
     assert os.listdir(tmp_path / "new") == ["bpe.json"]
 
 
-@given(st.data())
+@given(data=st.data())
 def test_a_damaged_file_is_one_sentence(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("damaged") / "bpe.json"
     BPETokenizer.train("banana bandana", 264, ["<|eos|>"]).save(path)
@@ -383,7 +383,7 @@ def test_a_foreign_file_is_one_sentence(change, tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("swap", [(300, 301), (256, 475), (97, 98)])
+@pytest.mark.parametrize("swap", [(300, 301), (256, 400), (97, 98)])
 def test_tokens_out_of_order_or_twice(swap, tmp_path):
     path = tmp_path / "bpe.json"
     TOKENIZER.save(path)
