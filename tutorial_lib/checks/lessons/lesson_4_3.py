@@ -306,7 +306,7 @@ def _loop(
     return wrong
 
 
-def _language(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _language() -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model of a table and a matrix, and SGD with a rate for each."""
     model = fill_by_name(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)), 0.5)
     table, matrix = model[0].parameters(), model[1].parameters()
@@ -329,6 +329,8 @@ def _rates(f: Any, n: int, accumulate: int, schedule: Callable[[float], float], 
 
 def _weights(f: Any, n: int, accumulate: int, schedule: Callable[[float], float]) -> Tensor:
     model, optimizer = _language()
+    for p in model.parameters():  # somebody else's leftovers, which are not to count
+        p.grad = torch.full_like(p, 3.0)
     f(model, optimizer, _micro_batches(n), accumulate, schedule)
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -372,6 +374,7 @@ B = Exercise(
             "the weights after six steps of three",
             lambda f: _weights(f, 18, 3, _half_cosine),
             equals(digits=4),
+            given="18 micro-batches, accumulate 3; every .grad holds 3 at the start",
         ),
         Probe("the rates of six steps of three", lambda f: _rates(f, 18, 3, _half_cosine), equals(digits=4)),
         Probe(
@@ -567,6 +570,10 @@ C = Exercise(
             "You read decay as the progress at which the cool-down begins; it is its length, so it begins at 1 - decay.",
         ),
     ],
+    equivalent_mutants={
+        "`progress < warmup` became `progress <= warmup`": "where the two meet, both are 1",
+        "`max(0.0, 1 - progress)` became `max(1 - progress, 0.0)`": "the larger of two, in either order",
+    },
 )
 
 EXERCISES = [A, B, C]
