@@ -20,12 +20,16 @@ SummedLoss: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def summed_lm_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that are not -100."""
+    """Cross-entropy in nats, summed over the labels that are not -100; 0 if there is none."""
     return lm_loss(model(inputs), labels, reduction="sum")
 
 
 def split_batch(inputs: Tensor, labels: Tensor, size: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Cut a batch `(B, T)` into micro-batches of at most `size` rows; None leaves it whole."""
+    """Cut a batch `(B, T)` into micro-batches of at most `size` rows; None leaves it whole.
+
+    Raises:
+        ValueError: if `size` is below 1.
+    """
     size = len(inputs) if size is None else size
     if size < 1:
         raise ValueError(f"a micro-batch of {size} rows: at least 1 is needed")
@@ -44,20 +48,21 @@ def accumulate_gradients(
     would weigh a label in a short piece more than one in a full piece.)
 
     Args:
-        model: On its device; micro-batches are moved there one at a time.
+        model: On its device; micro-batches are moved there one at a time. Gradients are added to those that its
+            parameters have: call `zero_grad` once before.
         micro_batches: Pairs `(B, T)` of inputs and labels; the last one lets the processes share gradients.
-        precision: Autocast and loss scale; fp32 when None.
+        precision: Autocast and loss scale; fp32 when None. The gradients carry its scale.
         loss: Summed over the labels that count.
 
     Raises:
-        ValueError: if no label counts.
+        ValueError: if no label counts, in any process.
     """
     device = next(model.parameters()).device
     precision = precision or Precision(device)
     valid = sum(int((labels != IGNORE_INDEX).sum()) for _, labels in micro_batches)
-    if world_size() == 1 and valid == 0:
-        raise ValueError("every label is -100: there is nothing to learn from in this batch")
     count = all_sum(torch.tensor(float(valid), device=device))
+    if count == 0:  # in all processes or in none: nobody is left waiting
+        raise ValueError("every label is -100: there is nothing to learn from in this batch")
     total = torch.zeros((), device=device)
     for i, (inputs, labels) in enumerate(micro_batches):
         inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -47,11 +47,11 @@ class Precision:
         )
 
     def autocast(self) -> torch.autocast:
-        """For the forward pass and the loss: `with precision.autocast(): …`."""
+        """For the forward pass and the loss, not for backward: `with precision.autocast(): …`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the loss, times the scale."""
+        """Add the gradients of the loss, times the scale, to the parameters' `.grad`."""
         self.scaler.scale(loss).backward()
 
     def step(
@@ -60,10 +60,15 @@ class Precision:
         parameters: Iterable[nn.Parameter],
         grad_clip: float | None = None,
     ) -> Tensor:
-        """Unscale, clip, step. Returns the norm of the true gradients, before clipping.
+        """Unscale, clip, step, update the scale. Returns the norm of the true gradients, before clipping.
 
         The order is the point: clipping scaled gradients would compare 65536 · g with the limit.
         A step whose gradients are not finite is left out under fp16 (the norm that is returned says so).
+
+        Args:
+            optimizer: Of the model whose gradients `backward` made.
+            parameters: Those whose norm is taken.
+            grad_clip: The largest norm that is let through; None for all.
         """
         self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, math.inf if grad_clip is None else grad_clip)
