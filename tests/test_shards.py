@@ -148,10 +148,16 @@ def test_an_unfinished_folder_says_so_and_can_be_begun_again(tmp_path):
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, 256, shard_tokens=10) as writer:
         writer.add(bytes(35))
         raise KeyboardInterrupt
-    with pytest.raises(FileNotFoundError, match="3 shards and no index, so writing them was never finished"):
+    with pytest.raises(
+        FileNotFoundError, match="token shards but no index, so writing them was never finished"
+    ):
         ShardedTokens(tmp_path)
-    assert write(tmp_path, [5, 6], shard_tokens=100)[:].tolist() == [5, 6]
-    assert sorted(os.listdir(tmp_path)) == ["index.json", "tokens_00000.npy"]
+    np.save(tmp_path / "tokens_mine.npy", np.arange(3))
+    with ShardWriter(tmp_path, 256, shard_tokens=100) as writer:
+        writer.add([5, 6])
+    assert sorted(os.listdir(tmp_path)) == ["index.json", "tokens_00000.npy", "tokens_mine.npy"]
+    (tmp_path / "tokens_mine.npy").unlink()
+    assert ShardedTokens(tmp_path)[:].tolist() == [5, 6]
 
 
 def test_nothing_is_no_corpus(tmp_path):

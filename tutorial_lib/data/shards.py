@@ -57,7 +57,7 @@ class ShardWriter:
                 f"{folder} already holds finished shards: delete it or choose another folder"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self.folder.glob("tokens_*.npy"):
+        for left_over in self.folder.glob("tokens_" + "[0-9]" * 5 + ".npy"):
             left_over.unlink()
         self.total = 0
         self._shards: list[dict[str, str | int]] = []
@@ -215,10 +215,8 @@ class ShardedTokens:
 def _read_index(folder: Path) -> dict:
     """The index of a folder, after checking that the files beside it are those it speaks of."""
     if not (folder / _INDEX).is_file():
-        found = len(list(folder.glob("tokens_*.npy"))) if folder.is_dir() else 0
-        why = (
-            f"{found} shards and no index, so writing them was never finished" if found else "no token shards"
-        )
+        begun = folder.is_dir() and any(folder.glob("tokens_*.npy"))
+        why = "token shards but no index, so writing them was never finished" if begun else "no token shards"
         raise FileNotFoundError(f"{folder} holds {why}: run llm-scratch tokenize, or use ShardWriter")
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))

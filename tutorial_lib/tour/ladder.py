@@ -22,10 +22,10 @@ import torch
 from tutorial_lib.core.model import ModelConfig
 from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import random_batches
-from tutorial_lib.tour.recipes import Recipe
+from tutorial_lib.tour.recipes import Recipe, with_seconds
 from tutorial_lib.tour.run import machine
 from tutorial_lib.train.evaluate import evaluate, split_train_val
-from tutorial_lib.train.loop import TrainConfig, train
+from tutorial_lib.train.loop import TrainConfig
 
 __all__ = ["RUNGS", "Result", "climb", "climb_one", "measured"]
 
@@ -72,8 +72,7 @@ def climb_one(recipe: Recipe, seconds: float, seed: int, text: bytes, max_window
     torch.manual_seed(seed)
     model = recipe.make_model()
     batches = random_batches(train_part, recipe.batch_size, _T, torch.Generator().manual_seed(seed))
-    training = replace(recipe.training, max_seconds=seconds)
-    last = train(model, batches, training, optimizer=recipe.make_optimizer(model))
+    last = with_seconds(recipe, seconds).make_trainer(model, batches).run()
     assert last is not None
     loss = evaluate(model, val_part, _T, max_windows=max_windows).loss
     return Result(

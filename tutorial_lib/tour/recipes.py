@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.train.loop import TrainConfig, make_optimizer
 from tutorial_lib.train.muon import Muon, muon_groups
+from tutorial_lib.train.sched import warmup_cosine
+from tutorial_lib.train.trainer import Trainer
 
 __all__ = ["RECIPES", "Recipe", "with_seconds"]
 
@@ -38,6 +42,19 @@ class Recipe:
             return make_optimizer(model, self.training)
         groups = muon_groups(model, self.muon_lr, self.training.lr, self.training.weight_decay)
         return Muon(groups, self.muon_momentum, self.training.betas)
+
+    def make_trainer(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Trainer:
+        """Trains this model by the recipe."""
+        training = self.training
+        return Trainer(
+            model,
+            self.make_optimizer(model),
+            batches,
+            training.steps,
+            partial(warmup_cosine, warmup=training.warmup, floor=training.lr_floor),
+            training.grad_clip,
+            max_seconds=training.max_seconds,
+        )
 
 
 RECIPES = {

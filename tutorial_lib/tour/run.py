@@ -28,7 +28,7 @@ from tutorial_lib.files import write_text
 from tutorial_lib.tour.recipes import Recipe
 from tutorial_lib.train.checkpoint import load_model, save_model
 from tutorial_lib.train.evaluate import evaluate, split_train_val
-from tutorial_lib.train.loop import StepInfo, train
+from tutorial_lib.train.loop import StepInfo
 
 __all__ = ["Story", "run"]
 
@@ -205,7 +205,7 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
 
         batches = random_batches(train_tokens, recipe.batch_size, T, torch.Generator().manual_seed(seed))
         began = time.perf_counter()
-        last = train(model, batches, recipe.training, [follow], recipe.make_optimizer(model))
+        last = recipe.make_trainer(model, batches).run([follow])
         assert last is not None
         story.interrupted = interrupted[0]
         validate(last)

@@ -12,6 +12,8 @@ from tutorial_lib.checks.probes import equals, holds, leaks, randn, same_shape
 from tutorial_lib.checks.spec import Exercise, Misconception, Probe
 
 INF = torch.inf
+NO_ORDER = "the larger of two numbers has no order"
+ANY_FINITE = "−∞ minus any finite number is −∞"
 
 # --- 4.6.a --------------------------------------------------------------------------------------------------
 
@@ -87,6 +89,11 @@ STEP = Exercise(
     symbol="online_softmax_step",
     reference=_step(),
     look_again="A softmax in one pass",
+    equivalent_mutants={
+        "`torch.maximum(m, scores.amax(dim=-1, keepdim=True))` became "
+        "`torch.maximum(scores.amax(dim=-1, keepdim=True), m)`": NO_ORDER,
+        "`0.0` became `1.0`": ANY_FINITE,
+    },
     probes=[
         Probe(
             "shape and dtype",
@@ -248,6 +255,10 @@ DEBUG = Exercise(
     symbol="tiled_attention",
     reference=_tiled(),
     look_again="Tiles",
+    equivalent_mutants={
+        "`torch.maximum(m, scores.amax(dim=1, keepdim=True))` became "
+        "`torch.maximum(scores.amax(dim=1, keepdim=True), m)`": NO_ORDER,
+    },
     probes=[
         Probe("shape and dtype", lambda attend: attend(*_case(6, 6), 2, 2), same_shape),
         Probe(
@@ -393,6 +404,7 @@ MERGE = Exercise(
     symbol="merge_parts",
     reference=_merge(),
     look_again="Forward",
+    equivalent_mutants={"`0.0` became `1.0`": ANY_FINITE},
     probes=[
         Probe("shape and dtype", lambda merge: merge(*_parts([4, 9])), same_shape),
         Probe(
