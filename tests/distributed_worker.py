@@ -133,7 +133,38 @@ def main(folder: Path) -> None:
     stop()
 
 
+def make_deepspeed_trainer(stage: int) -> Trainer:
+    import deepspeed
+
+    from tutorial_lib.train.deepspeed_engine import deepspeed_trainer
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would compile C++ for the CPU
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batches = ShuffledBatches(Ragged(), BATCH, 0, rank(), world_size())
+    return deepspeed_trainer(model, optimizer, batches, STEPS, stage=stage, micro_batch_size=2)
+
+
+def main_deepspeed(folder: Path, stage: int) -> None:
+    torch.set_num_threads(1)
+    start(torch.device("cpu"))
+    trainer = make_deepspeed_trainer(stage)
+    curve, _ = train(trainer, STEPS // 2)
+    half = trainer.state_dict()
+    rest, weights = train(trainer)
+    resumed = make_deepspeed_trainer(stage)
+    resumed.load_state_dict(half)
+    _, again = train(resumed)
+    if is_main():
+        save_tree(folder / "half.ckpt", half)
+        save_tree(folder / "out.ckpt", {"curve": curve + rest, "weights": weights, "resumed": again})
+    stop()
+
+
 if __name__ == "__main__":
     assert "LOCAL_RANK" in os.environ, "torchrun starts this"
     assert dist.is_available()
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 2:
+        main_deepspeed(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        main(Path(sys.argv[1]))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tutorial_lib.train.checkpoints import load_tree
+from tutorial_lib.train.deepspeed_engine import deepspeed_config, deepspeed_trainer
 from tutorial_lib.train.distributed import (
     agree,
     all_sum,
@@ -157,10 +158,39 @@ def test_unwrap_and_gradient_sync_of_a_plain_model():
 # --- DeepSpeed ----------------------------------------------------------------------------------------------
 
 
-def test_without_deepspeed_one_sentence_names_the_extra():
-    if find_spec("deepspeed"):
-        pytest.skip("DeepSpeed is installed")
-    from tutorial_lib.train.deepspeed_engine import deepspeed_trainer
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed (the extra `deepspeed`)")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_equals_one_process(stage, alone, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launch(str(ROOT / "tests/distributed_worker.py"), str(tmp_path), str(stage))
+    out, _ = load_tree(tmp_path / "out.ckpt")
+    assert largest_difference(out["weights"], alone["weights"]) < 1e-5
+    assert largest_difference(out["resumed"], alone["weights"]) < 1e-5
+    assert torch.allclose(torch.tensor(out["curve"]), torch.tensor(alone["curve"]), atol=1e-5)
+    trainer = worker.make_trainer("none")  # and one process goes on with it, without DeepSpeed
+    trainer.load_state_dict(load_tree(tmp_path / "half.ckpt")[0])
+    _, weights = worker.train(trainer)
+    assert largest_difference(weights, alone["weights"]) < 1e-5
 
+
+def test_the_config_of_deepspeed():
+    config = deepspeed_config(3, 4, None, torch.bfloat16, offload=True)
+    assert config["zero_optimization"]["stage"] == 3 and config["bf16"] == {"enabled": True}
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert config["train_micro_batch_size_per_gpu"] == 4 and config["gradient_clipping"] == 0.0
+    plain = deepspeed_config()
+    assert (
+        "bf16" not in plain and "fp16" not in plain and "offload_optimizer" not in plain["zero_optimization"]
+    )
+    with pytest.raises(ValueError, match="choose 1, 2 or 3"):
+        deepspeed_config(4)
+    with pytest.raises(ValueError, match="bfloat16"):
+        deepspeed_config(dtype=torch.int8)
+
+
+@pytest.mark.skipif(bool(find_spec("deepspeed")), reason="DeepSpeed is installed")
+def test_without_deepspeed_one_sentence_names_the_extra():
     with pytest.raises(ModuleNotFoundError, match=r"llm-from-scratch\[deepspeed\]"):
         deepspeed_trainer(nn.Linear(2, 2), None, [], steps=1)

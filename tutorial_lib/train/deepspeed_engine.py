@@ -15,17 +15,6 @@ from torch import Tensor, nn
 from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.trainer import Trainer
 
-try:  # an extra, built against the torch that is there
-    import deepspeed
-    from deepspeed.utils import (
-        safe_get_full_fp32_param,
-        safe_get_full_optimizer_state,
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-    )
-except ModuleNotFoundError:
-    deepspeed = None
-
 __all__ = ["deepspeed_config", "deepspeed_trainer"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -93,19 +82,24 @@ class _Model(nn.Module):
         return {name: named.get(name, tensor) for name, tensor in self.inner.state_dict().items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
         return {
             name: safe_get_full_fp32_param(tensor) if isinstance(tensor, nn.Parameter) else tensor
             for name, tensor in self._named().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.zero import GatheredParameters
+
         for name, tensor in self._named().items():
             value = state[name].to(tensor.device, torch.float32)
             if not isinstance(tensor, nn.Parameter):
                 tensor.copy_(value)
                 continue
             safe_set_full_fp32_param(tensor, value)  # the piece that is updated, and the copy that computes
-            with torch.no_grad(), deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            with torch.no_grad(), GatheredParameters([tensor], modifier_rank=0):
                 tensor.copy_(value)
 
 
@@ -130,6 +124,8 @@ class _Optimizer:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
         steps = [entry["step"] for entry in self.base.state.values() if "step" in entry]
         numbers = iter(range(len(self._parameters())))
         groups = [
@@ -145,6 +141,8 @@ class _Optimizer:
         return {"state": moments, "param_groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
         for mine, saved in zip(self.param_groups, state["param_groups"], strict=True):
             mine.update({key: value for key, value in saved.items() if key != "params"})
         if not state["state"]:
@@ -206,10 +204,12 @@ def deepspeed_trainer(
         ModuleNotFoundError: without DeepSpeed; the sentence says how to get it.
         ValueError: for a moving average (`ema`), which would need the weights in one piece.
     """
-    if deepspeed is None:
+    try:
+        import deepspeed
+    except ModuleNotFoundError:
         raise ModuleNotFoundError(
             'ZeRO through DeepSpeed needs an extra: pip install "llm-from-scratch[deepspeed]"'
-        )
+        ) from None
     if others.get("ema"):
         raise ValueError(
             "DeepSpeed keeps the weights in pieces, and no moving average of them: leave ema out"

@@ -264,11 +264,40 @@ def _two_layers(f: Callable) -> tuple[Tensor, ...]:
     return _flat(f(model, *_batch(4, 8, (1, 6, 3, 2)), 4))
 
 
+class _Counting(nn.Module):
+    """A model that notes how many rows it is given, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.rows = _bigrams(), []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.rows.append(len(ids))
+        return self.table(ids)
+
+
+def _rows_of_each(f: Callable) -> list[int]:
+    model = _Counting()
+    f(model, *_batch(6, 6), 3)
+    return model.rows
+
+
+def _uneven(rows: list[int]) -> str | None:
+    return (
+        None
+        if rows == [2, 2, 2]
+        else f"6 rows for 3 processes: the model was given {rows} rows, not [2, 2, 2]"
+    )
+
+
 DEBUG = Exercise(
     id="4.7.b",
     symbol="data_parallel_gradient",
     reference=_shared_right,
     look_again="What goes wrong",
+    equivalent_mutants={
+        "`share.detach()` became `share`": "the loss has the same value, and drags its graph along"
+    },
     probes=[
         Probe("a loss, and a gradient for each parameter", _ask(4, 2, 0), same_shape),
         Probe("one process", _ask(3, 1, 1, (6, 2, 4)), equals()),
@@ -288,6 +317,7 @@ DEBUG = Exercise(
             given="both rows of process 0 are -100 throughout",
         ),
         Probe("a model with three parameters", _two_layers, equals()),
+        Probe("each process computes its own rows", _rows_of_each, holds(_uneven)),
         Probe(
             "5 rows for 2 processes: a ValueError",
             lambda f: outcome(lambda: _flat(f(_bigrams(), *_batch(5, 5), 2)) and "no error"),
@@ -420,19 +450,19 @@ def _first_step(f: Callable) -> Tensor:
     return f(weights, gradients, _no_moments(2, 2), 1, lr=0.1, decay=0.0)
 
 
-def _as_torch(f: Callable) -> Tensor:
-    """The distance to torch's AdamW, which has all moments in one place, after five steps."""
-    start = randn(9, seed=1)
-    theirs = nn.Parameter(start.clone())
-    optimizer = torch.optim.AdamW([theirs], lr=0.02, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
-    ours, moments = start.clone(), _no_moments(3, 3)
+def _alone(f: Callable) -> Tensor:
+    """The distance to AdamW with all moments in one place, in fp64, after five steps."""
+    lr, b1, b2, eps, decay, clip = 0.02, 0.8, 0.9, 1e-6, 0.3, 0.7
+    ours, theirs, moments = randn(9, seed=1), randn(9, seed=1).double(), _no_moments(3, 3)
+    m, v = torch.zeros(2, 9, dtype=torch.float64)
     for t in range(1, 6):
         gradients = [randn(9, seed=50 * t + r) for r in range(3)]
-        theirs.grad = torch.stack(gradients).mean(dim=0)
-        nn.utils.clip_grad_norm_([theirs], 0.7)
-        optimizer.step()
-        ours = f(ours, gradients, moments, t, lr=0.02, betas=(0.8, 0.9), eps=1e-6, decay=0.3, grad_clip=0.7)
-    return (ours - theirs.detach()).abs().max()
+        g = torch.stack(gradients).double().mean(dim=0)
+        g = g * min(1.0, clip / g.norm().item())
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        theirs = theirs * (1 - lr * decay) - lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + eps)
+        ours = f(ours, gradients, moments, t, lr=lr, betas=(b1, b2), eps=eps, decay=decay, grad_clip=clip)
+    return (ours - theirs).abs().max()
 
 
 def _kept(f: Callable) -> bool:
@@ -447,6 +477,7 @@ ZERO = Exercise(
     symbol="zero1_step",
     reference=_zero1_right,
     look_again="ZeRO: who has to hold what?",
+    equivalent_mutants={"`0` became `1`": "the slices of all processes, and both moments, are equally long"},
     probes=[
         Probe("shape and dtype", lambda f: _run(f, 2, 6, 1, 0.01)[0], same_shape),
         Probe(
@@ -468,13 +499,18 @@ ZERO = Exercise(
             equals(),
         ),
         Probe(
+            "gradients so small that epsilon counts",
+            lambda f: _run(f, 2, 4, 1, 1e-8, lr=1.0)[0],
+            equals(),
+        ),
+        Probe(
             "weights and gradients that came in are untouched",
             _kept,
             holds(lambda ok: None if ok else "the weights or a gradient were changed in place"),
         ),
         Probe(
-            "the same as torch's AdamW in one process",
-            _as_torch,
+            "the same as AdamW in one process",
+            _alone,
             holds(lambda far: None if far < 1e-5 else f"after five steps the weights are off by {far:.1e}"),
         ),
     ],
