@@ -50,13 +50,13 @@ def wsd(progress: float, warmup: float = 0.05, floor: float = 0.1, decay: float 
     return min(up, floor + (1 - floor) * (1 - math.sqrt(fallen)))
 
 
+# By the names that a config uses; each is called `(progress, warmup, floor)`.
 SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
     "cosine": warmup_cosine,
     "linear": linear,
     "wsd": wsd,
     "constant": constant,
 }
-"""By the names that a config uses; each is called `(progress, warmup, floor)`."""
 
 
 def range_test(
