@@ -14,7 +14,7 @@ __all__ = ["recompute_blocks"]
 def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     """Keep only the input of each block from forward to backward (Chen et al. 2016, section 4).
 
-    Memory for activations falls from a block's dozen of tensors to one, for a second forward pass: about a third
+    Memory for activations falls from a dozen tensors of a block to one, for a second forward pass: about a third
     more time. Names of parameters do not change, and without gradients nothing changes at all. Dropout draws the
     same numbers again. Doing it twice does nothing more.
 
