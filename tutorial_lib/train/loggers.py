@@ -24,9 +24,6 @@ from tutorial_lib.files import write_text
 from tutorial_lib.train.loop import StepInfo
 
 __all__ = [
-    "say",
-    "without",
-    "finite",
     "Logger",
     "CSVLogger",
     "TensorBoardLogger",
@@ -38,17 +35,17 @@ __all__ = [
 ]
 
 
-def say(sentence: str) -> None:
+def _say(sentence: str) -> None:
     """One line on stderr, where it does not mix with what a program prints as its result."""
     print(sentence, file=sys.stderr)
 
 
-def without(package: str) -> ImportError:
+def _without(package: str) -> ImportError:
     """The error for an optional package that is not there."""
     return ImportError(f'logging to {package} needs an extra: pip install "llm-from-scratch[logging]"')
 
 
-def finite(values: Tensor) -> Tensor:
+def _finite(values: Tensor) -> Tensor:
     """The finite numbers of a tensor in one line `(N,)`: a histogram of a diverging run must not end it."""
     values = values.detach().float().flatten().cpu()
     return values[values.isfinite()]
@@ -143,7 +140,7 @@ class TensorBoardLogger(Logger):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise without("tensorboard") from None
+            raise _without("tensorboard") from None
         hide_from = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(str(folder), purge_step=hide_from, flush_secs=10)
 
@@ -154,7 +151,7 @@ class TensorBoardLogger(Logger):
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """The finite ones are drawn; without any, nothing is."""
-        if (values := finite(values)).numel():
+        if (values := _finite(values)).numel():
             self._writer.add_histogram(name, values, step)
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -191,7 +188,7 @@ class WandbLogger(Logger):
         try:
             import wandb
         except ImportError:
-            raise without("wandb") from None
+            raise _without("wandb") from None
         folder, self._wandb = Path(folder), wandb
         id_file = folder / "wandb-id.txt"
         goes_on = resume_step is not None and id_file.is_file()
@@ -214,9 +211,9 @@ class WandbLogger(Logger):
             wandb.setup(quiet)
             self._run = wandb.init(mode=mode, **about)
         if why:
-            say(f"wandb: {why}; the run stays here, send it with: wandb sync {Path(self._run.dir).parent}")
+            _say(f"wandb: {why}; the run stays here, send it with: wandb sync {Path(self._run.dir).parent}")
         elif mode == "online":
-            say(f"wandb: {self._run.url}")
+            _say(f"wandb: {self._run.url}")
 
     def _has_key(self) -> bool:
         try:
@@ -230,7 +227,7 @@ class WandbLogger(Logger):
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """The finite ones are drawn; without any, nothing is."""
-        if (values := finite(values)).numel():
+        if (values := _finite(values)).numel():
             self._run.log({name: self._wandb.Histogram(values.numpy())}, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
@@ -249,7 +246,7 @@ class Loggers(Logger):
         report: Is given the sentence about a logger that failed.
     """
 
-    def __init__(self, loggers: Iterable[Logger], report: Callable[[str], None] = say) -> None:
+    def __init__(self, loggers: Iterable[Logger], report: Callable[[str], None] = _say) -> None:
         self.loggers, self._report = list(loggers), report
 
     def _tell(self, method: str, *arguments: Any) -> None:
