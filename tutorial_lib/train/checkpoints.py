@@ -8,11 +8,14 @@ file's header, and beside it a SHA-256 of both. Nothing in it can run code.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,69 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "CheckpointError",
-    "flatten",
-    "unflatten",
-    "save_tree",
-    "read_header",
-    "load_tree",
-    "CheckpointFolder",
-]
+from tutorial_lib.train.trees import flatten, unflatten
+
+__all__ = ["CheckpointError", "save_tree", "read_header", "load_tree", "CheckpointFolder"]
 
 
 class CheckpointError(ValueError):
     """A file that is no checkpoint of ours, or a damaged one. The message is one sentence."""
-
-
-def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
-    """Take a tree apart: its tensors by name (`optimizer.state.0.exp_avg`), and the rest as JSON.
-
-    A tensor that is in the tree twice (a tied output layer) is stored once.
-
-    Raises:
-        TypeError: at anything but dicts, lists, tuples, tensors, text, numbers, bools and None.
-    """
-    tensors: dict[str, Tensor] = {}
-    seen: dict[tuple, str] = {}
-
-    def describe(node: Any, name: str) -> Any:
-        if isinstance(node, Tensor):
-            same = (node.data_ptr(), node.shape, node.stride(), node.dtype)
-            if not node.numel() or same not in seen:
-                tensors[name] = node.detach()
-                seen[same] = name
-                return {"tensor": name}
-            return {"tensor": seen[same]}
-        inside = f"{name}." if name else ""
-        if isinstance(node, Mapping):  # as pairs: the keys of an optimizer's state are numbers
-            return {"dict": [[key, describe(value, f"{inside}{key}")] for key, value in node.items()]}
-        if isinstance(node, (list, tuple)):
-            kind = "tuple" if isinstance(node, tuple) else "list"
-            return {kind: [describe(value, f"{inside}{i}") for i, value in enumerate(node)]}
-        if node is None or isinstance(node, (str, bool, int, float)):
-            return node
-        raise TypeError(
-            f"{name} is a {type(node).__name__}: a checkpoint holds tensors and plain values only"
-        )
-
-    return tensors, describe(tree, "")
-
-
-def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
-    """Put a tree together again: the inverse of `flatten`."""
-
-    def build(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        ((kind, inside),) = node.items()
-        if kind == "tensor":
-            return tensors[inside]
-        if kind == "dict":
-            return {key: build(value) for key, value in inside}
-        return tuple(map(build, inside)) if kind == "tuple" else list(map(build, inside))
-
-    return build(skeleton)
 
 
 def _digest(header: Mapping[str, str], tensors: Callable[[str], Tensor], names: list[str]) -> str:
@@ -91,8 +38,22 @@ def _digest(header: Mapping[str, str], tensors: Callable[[str], Tensor], names: 
     for name in sorted(names):
         tensor = tensors(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        line = tensor.as_strided(
+            (tensor.numel(),), (1,)
+        )  # reshape would leave a single element its odd stride
+        digest.update(line.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _onto_disk(path: Path) -> None:
+    """Wait until the disk itself has the bytes of a file, or the names in a folder."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_tree(path: str | Path, tree: Mapping[str, Any], header: Mapping[str, str] | None = None) -> Path:
@@ -104,17 +65,23 @@ def save_tree(path: str | Path, tree: Mapping[str, Any], header: Mapping[str, st
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors, skeleton = flatten(tree)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    owners: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in owners else tensor  # safetensors refuses shared memory
+        owners.add(memory)
     about = {**(header or {}), "tree": json.dumps(skeleton)}
     about["sha256"] = _digest(about, tensors.__getitem__, list(tensors))
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, beside, metadata=about)
-        with open(beside, "rb+") as file:  # a rename may reach the disk before the bytes do
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # safetensors, too, writes beside the place that it is given: a folder keeps together what a kill may leave.
+    with TemporaryDirectory(f".{os.getpid()}", f".{path.name}.", path.parent) as beside:
+        file = Path(beside, path.name)
+        save_file(tensors, file, metadata=about)
+        _onto_disk(
+            file
+        )  # first the bytes, then the name: left to itself, a disk may do it the other way round
+        os.replace(file, path)
+    _onto_disk(path.parent)
     return path
 
 
@@ -132,23 +99,35 @@ def read_header(path: str | Path) -> dict[str, str]:
         )
         raise CheckpointError(f"there is no checkpoint at {path}{hint}")
     try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:] != b"{":
+            raise CheckpointError(
+                f"{path} is a pickle (torch.save), which can run code when it is read: only safetensors are read here"
+            )
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        with open(path, "rb") as file:
-            start = file.read(2)
-        if start in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-            raise CheckpointError(
-                f"{path} is a pickle (torch.save), which can run code when it is read: only safetensors are read here"
-            ) from None
         raise CheckpointError(f"{path} is not a safetensors file, or was cut short: {error}") from None
+
+
+class _Tensors(dict):
+    """The tensors of an open file, each read when it is asked for, into memory of its own."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __missing__(self, name: str) -> Tensor:
+        # safetensors maps the file into memory. Without the copy a file that changes later would change weights.
+        self[name] = self.file.get_tensor(name).clone()
+        return self[name]
 
 
 def load_tree(path: str | Path, only: str | None = None) -> tuple[Any, dict[str, str]]:
     """A tree from a file, and the text of its header. Every byte is checked against the digest.
 
     Args:
-        only: Keep only this branch, `"model"` for one: the rest is checked and dropped, tensor by tensor.
+        only: Keep only this branch, `"model"` for one: the rest is checked, tensor by tensor, and not kept.
 
     Raises:
         CheckpointError: if the file is missing, damaged, or not one of ours.
@@ -156,43 +135,42 @@ def load_tree(path: str | Path, only: str | None = None) -> tuple[Any, dict[str,
     header = read_header(path)
     if "tree" not in header or "sha256" not in header:
         raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of this project")
-    kept: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-
-        def read(name: str) -> Tensor:
-            tensor = file.get_tensor(name)
-            if only is None or name.startswith(f"{only}."):
-                kept[name] = tensor
-            return tensor
-
-        if _digest(header, read, list(file.keys())) != header["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256")
-    skeleton = json.loads(header["tree"])
-    if only is not None:
-        branches = dict(skeleton["dict"])
-        if only not in branches:
-            raise CheckpointError(f"{path} holds {', '.join(branches)}, but no {only}")
-        skeleton = branches[only]
-    return unflatten(kept, skeleton), header
+    try:
+        with safe_open(path, framework="pt") as file:
+            if _digest(header, file.get_tensor, list(file.keys())) != header["sha256"]:
+                raise CheckpointError(f"{path} is damaged: its content does not match its SHA-256")
+            skeleton = json.loads(header["tree"])
+            branches = dict(skeleton["dict"])
+            if only is not None and only not in branches:
+                raise CheckpointError(f"{path} holds {', '.join(map(str, branches))}, but no {only}")
+            return unflatten(_Tensors(file), skeleton if only is None else branches[only]), header
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        # The digest is right, so somebody made it like this. (RuntimeError: nested too deeply, for one.)
+        raise CheckpointError(f"{path} holds no tree that could be read ({type(error).__name__})") from None
 
 
 class CheckpointFolder:
-    """A run's checkpoints: `step_00000500.ckpt` …, with `latest.ckpt` and `best.ckpt` as second names.
+    """One run's checkpoints: `step_00000500.ckpt` …, with `latest.ckpt` and `best.ckpt` as second names.
 
     Args:
-        folder: Made when the first one is saved.
+        folder: Made when the first one is saved. One run at a time: step 10 of another run is another thing.
         keep_last: The newest so many stay: if the last is damaged, the one before it is there.
-        keep_best: Of the rest, so many with the lowest validation loss stay.
+        keep_best: So many with the lowest validation loss stay, too. 0: none of them, and no `best.ckpt`.
     """
 
     def __init__(self, folder: str | Path, keep_last: int = 2, keep_best: int = 3) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last is {keep_last}, but the newest checkpoint has to stay")
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(
+                f"keep_last {keep_last} and keep_best {keep_best}: at least the newest checkpoint has to stay"
+            )
         self.folder, self.keep_last, self.keep_best = Path(folder), keep_last, keep_best
 
     def files(self) -> list[Path]:
         """All of them, the newest first."""
-        return sorted(self.folder.glob("step_*.ckpt"), reverse=True)
+        ours = [p for p in self.folder.glob("step_*.ckpt") if re.fullmatch(r"step_\d+\.ckpt", p.name)]
+        return sorted(ours, key=self._step, reverse=True)
 
     def save(
         self,
@@ -206,51 +184,62 @@ class CheckpointFolder:
         Killed at any moment, the folder still has a whole checkpoint.
 
         Args:
-            loss: On validation text, as far as it is known: the lowest is the best.
+            loss: On validation text, as far as it is known: the lowest is the best. A NaN is never the best.
         """
         self._sweep()
-        header = {**(header or {}), "step": str(step), "val_loss": json.dumps(loss)}
+        header = {
+            **(header or {}),
+            "step": str(step),
+            "val_loss": json.dumps(None if loss is None else float(loss)),
+        }
         path = save_tree(self.folder / f"step_{step:08d}.ckpt", tree, header)
         self._name(path, "latest.ckpt")
-        by_loss = sorted(
-            (known, -self._step(p), p) for p in self.files() if (known := self._loss(p)) is not None
-        )
-        if by_loss:
-            self._name(by_loss[0][2], "best.ckpt")
-        stay = {path, *self.files()[: self.keep_last], *(p for _, _, p in by_loss[: self.keep_best])}
-        for old in set(self.files()) - stay:
+        files = self.files()
+        losses = {p: known for p in files if (known := self._loss(p)) is not None}
+        best = sorted(losses, key=lambda p: (losses[p], -self._step(p)))[: self.keep_best]
+        if best:
+            self._name(best[0], "best.ckpt")
+        for old in set(files) - {path, *files[: self.keep_last], *best}:
             old.unlink(missing_ok=True)
         return path
 
     def newest(self, warn: Callable[[str], None] = print) -> tuple[Any, dict[str, str], Path] | None:
         """The newest checkpoint that is whole: tree, header and path; None if there is none at all.
 
-        A damaged one is reported, renamed to `*.damaged`, and the one before it is taken.
+        A damaged one is reported and the one before it is taken, which becomes `latest.ckpt`; the damaged one is
+        renamed to `*.damaged`, so that nobody takes it for a good one, and nobody loses it.
 
         Raises:
             CheckpointError: if there are checkpoints, and every one is damaged.
         """
-        files = self.files()
-        for path in files:
+        damaged: list[Path] = []
+        for path in self.files():
             try:
-                return *load_tree(path), path
+                found = (*load_tree(path), path)
             except CheckpointError as error:
                 warn(f"{error}; trying the one before it")
-                path.rename(path.with_suffix(".ckpt.damaged"))
-        if files:
-            raise CheckpointError(f"none of the {len(files)} checkpoints in {self.folder} is whole")
+                damaged.append(path)
+                continue
+            with suppress(OSError):  # another process has been here, or the folder cannot be written
+                for bad in damaged:
+                    bad.rename(bad.with_suffix(".ckpt.damaged"))
+                if damaged:
+                    self._name(path, "latest.ckpt")
+            return found
+        if damaged:
+            raise CheckpointError(f"none of the {len(damaged)} checkpoints in {self.folder} is whole")
         return None
 
     @staticmethod
     def _step(path: Path) -> int:
-        return int(re.sub(r"\D", "", path.stem))
+        return int(path.stem.removeprefix("step_"))
 
     @staticmethod
     def _loss(path: Path) -> float | None:
-        try:
-            return json.loads(read_header(path).get("val_loss", "null"))
-        except (CheckpointError, ValueError):
-            return None
+        with suppress(CheckpointError, TypeError, ValueError):
+            loss = json.loads(read_header(path).get("val_loss", "null"))
+            return loss if math.isfinite(loss) else None
+        return None
 
     def _name(self, path: Path, name: str) -> None:
         """A second name for a file, put in place in one step. A copy where the disk cannot link."""
@@ -261,8 +250,25 @@ class CheckpointFolder:
         except OSError:
             shutil.copyfile(path, beside)
         os.replace(beside, self.folder / name)
+        beside.unlink(
+            missing_ok=True
+        )  # renaming a file over another name of the same file does nothing at all
 
     def _sweep(self) -> None:
         """Remove what killed processes left half-written."""
         for left in self.folder.glob(".*.ckpt.*"):
-            left.unlink(missing_ok=True)
+            if left.suffix == f".{os.getpid()}" or not _runs(left.suffix[1:]):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _runs(pid: str) -> bool:
+    """Whether there is such a process on this machine."""
+    if os.name == "nt" or not pid.isdecimal():  # on Windows, the question below would end it
+        return False
+    try:
+        os.kill(int(pid), 0)  # signal 0 asks, and sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

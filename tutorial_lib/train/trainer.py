@@ -109,9 +109,7 @@ class Trainer:
             rate = self.optimizer.param_groups[0]["lr"]
             info = StepInfo(self.step, loss, grad_norm, rate, self.tokens, self.seconds, done)
             wishes = [callback(info) for callback in callbacks]  # a list: every callback is told
-            if any(
-                gather_objects(any(wishes))
-            ):  # all processes stop together, or the rest would wait for ever
+            if any(gather_objects(any(wishes))):  # all stop together, or some would wait for ever
                 break
         return info
 

@@ -1,0 +1,550 @@
+"""Exercises of lesson 4.4, checkpoint and resume."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutorial_lib.checks.probes import equals, outcome, randn
+from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.tools.seeds import generator_for
+
+# --- 4.4.a --------------------------------------------------------------------------------------------------
+
+
+def _order(n: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(n, generator=generator_for(seed, "order", epoch)).tolist()
+
+
+def _next(
+    seen: int,
+    batch_size: int,
+    n: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    epoch_of: Callable[[int], int] | None = None,
+) -> list[int]:
+    rows = batch_size // world
+    first = seen + rank * rows
+    return [_order(n, seed, epoch_of(k) if epoch_of else k // n)[k % n] for k in range(first, first + rows)]
+
+
+def _one_order(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+    return _next(seen, batch_size, n, seed, rank, world, epoch_of=lambda k: 0)
+
+
+def _epoch_of_the_batch(
+    seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
+) -> list[int]:
+    return _next(seen, batch_size, n, seed, rank, world, epoch_of=lambda k: seen // n)
+
+
+def _in_order(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+    rows = batch_size // world
+    return [(seen + rank * rows + i) % n for i in range(rows)]
+
+
+def _everybody_everything(
+    seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
+) -> list[int]:
+    return _next(seen, batch_size, n, seed)
+
+
+def _same_share(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+    return _next(seen, batch_size // world, n, seed)
+
+
+def _in_turns(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+    return _next(seen, batch_size, n, seed)[rank::world]
+
+
+def _always_from_the_front(
+    seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
+) -> list[int]:
+    return _next(seen // n * n, batch_size, n, seed, rank, world)
+
+
+BUILD = Exercise(
+    id="4.4.a",
+    symbol="next_windows",
+    reference=_next,
+    look_again="A place in the data that is one integer",
+    probes=[
+        Probe(
+            "one epoch in one batch: each window once",
+            lambda f: sorted(f(0, 7, 7, 3)),
+            equals(),
+            given="7 windows, a batch of 7, nothing seen",
+        ),
+        Probe(
+            "the first batch", lambda f: f(0, 4, 10, 1), equals(), given="10 windows, a batch of 4, seed 1"
+        ),
+        Probe("in the middle of an epoch", lambda f: f(4, 4, 10, 1), equals()),
+        Probe("the second epoch has another order", lambda f: f(10, 10, 10, 1), equals()),
+        Probe("a batch that spans two epochs", lambda f: f(8, 4, 10, 1), equals()),
+        Probe("a batch that spans four", lambda f: f(2, 11, 3, 5), equals()),
+        Probe("the second process of two", lambda f: f(4, 4, 10, 1, 1, 2), equals()),
+        Probe("all of three processes", lambda f: [f(5, 6, 8, 2, r, 3) for r in range(3)], equals()),
+    ],
+    misconceptions=[
+        Misconception(
+            "one order for all epochs",
+            _one_order,
+            "The permutation never changes, so each epoch shows the same neighbors in the same order: the epoch "
+            "belongs into the generator's purpose.",
+        ),
+        Misconception(
+            "the epoch of the batch",
+            _epoch_of_the_batch,
+            "You found the epoch once for the whole batch. A batch may begin in one epoch and end in the next: "
+            "ask for each sample.",
+        ),
+        Misconception(
+            "not shuffled",
+            _in_order,
+            "The windows come in the order of the text. The permutation of the epoch is missing.",
+        ),
+        Misconception(
+            "everybody gets everything",
+            _everybody_everything,
+            "Each process got the whole batch, so every window is trained on once for each process.",
+        ),
+        Misconception(
+            "everybody gets the same share",
+            _same_share,
+            "Each process took the first share of the batch: the samples of process `rank` begin at "
+            "seen + rank · rows.",
+        ),
+        Misconception(
+            "in turns",
+            _in_turns,
+            "Process r took every world-th row. Here each process owns neighboring rows, so that the shares "
+            "joined in order of rank are the batch.",
+        ),
+        Misconception(
+            "restarts the epoch",
+            _always_from_the_front,
+            "After a resume the epoch began at its front again: its first windows are seen twice, its last ones "
+            "never. `seen` says where in the epoch we are.",
+        ),
+    ],
+)
+
+
+# --- 4.4.b --------------------------------------------------------------------------------------------------
+
+
+class Resumable:
+    """The reference, in steps that the misconceptions below replace one at a time."""
+
+    def snapshot(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
+        return {
+            "model": self._weights(model),
+            "optimizer": self._moments(optimizer),
+            "step": step,
+            "rng": torch.get_rng_state(),
+        }
+
+    def restore(self, state: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        model.load_state_dict(state["model"])
+        self._give_back(optimizer, state)
+        self._try(model, state)
+        return state["step"]
+
+    def _weights(self, model: nn.Module) -> dict:
+        return copy.deepcopy(model.state_dict())
+
+    def _moments(self, optimizer: torch.optim.Optimizer) -> dict:
+        return copy.deepcopy(optimizer.state_dict())
+
+    def _give_back(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+    def _try(self, model: nn.Module, state: dict) -> None:
+        model.eval()
+        model(torch.randn(1, 4))
+        model.train()
+        torch.set_rng_state(state["rng"])
+
+
+class _LivingWeights(Resumable):
+    def _weights(self, model: nn.Module) -> dict:
+        return dict(model.state_dict())
+
+
+class _LivingMoments(Resumable):
+    def _moments(self, optimizer: torch.optim.Optimizer) -> dict:
+        return optimizer.state_dict()
+
+
+class _NoMoments(Resumable):
+    def _give_back(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        pass
+
+
+class _RngTooEarly(Resumable):
+    def _try(self, model: nn.Module, state: dict) -> None:
+        torch.set_rng_state(state["rng"])
+        model.eval()
+        model(torch.randn(1, 4))
+        model.train()
+
+
+class _NoRng(Resumable):
+    def _try(self, model: nn.Module, state: dict) -> None:
+        model.eval()
+        model(torch.randn(1, 4))
+        model.train()
+
+
+class _LeftInEval(Resumable):
+    def _try(self, model: nn.Module, state: dict) -> None:
+        super()._try(model, state)
+        model.eval()
+
+
+class _HandsMomentsOver(Resumable):
+    def _give_back(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        optimizer.load_state_dict(state["optimizer"])
+
+
+class _Counts(nn.Module):
+    """Linear, and remembers in which mode it was called."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(4, 2), nn.Dropout(dropout)
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        return self.dropout(self.linear(x))
+
+
+def _fresh(seed: int, dropout: float = 0.0) -> tuple[_Counts, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = _Counts(dropout)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, noise: bool = False) -> None:
+    for i in range(steps):
+        x = torch.randn(3, 4) if noise else randn(3, 4, seed=i)
+        optimizer.zero_grad()
+        (model(x) ** 2).sum().backward()
+        optimizer.step()
+
+
+def _numbers(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def _keys(cls: Callable[[], Any]) -> list:
+    model, optimizer = _fresh(0)
+    state = cls().snapshot(model, optimizer, 3)
+    return [sorted(state), state["step"]]
+
+
+def _old_weights(cls: Callable[[], Any]) -> Tensor:
+    model, optimizer = _fresh(0)
+    state = cls().snapshot(model, optimizer, 0)
+    _train(model, optimizer, 3)
+    return state["model"]["linear.weight"].clone()
+
+
+def _old_moments(cls: Callable[[], Any]) -> Tensor:
+    model, optimizer = _fresh(0)
+    _train(model, optimizer, 2)
+    state = cls().snapshot(model, optimizer, 2)
+    _train(model, optimizer, 3)
+    return state["optimizer"]["state"][0]["exp_avg"].clone()
+
+
+def _modes(cls: Callable[[], Any]) -> list:
+    model, optimizer = _fresh(0)
+    state = cls().snapshot(model, optimizer, 5)
+    other, its = _fresh(1)
+    step = cls().restore(state, other, its)
+    return [step, other.modes, other.training]
+
+
+def _resumed(cls: Callable[[], Any], noise: bool) -> Tensor:
+    model, optimizer = _fresh(0, 0.5 if noise else 0.0)
+    _train(model, optimizer, 4, noise)
+    state = cls().snapshot(model, optimizer, 4)
+    other, its = _fresh(1, 0.5 if noise else 0.0)
+    cls().restore(state, other, its)
+    _train(other, its, 3, noise)
+    return _numbers(other)
+
+
+def _twice(cls: Callable[[], Any]) -> Tensor:
+    model, optimizer = _fresh(0)
+    _train(model, optimizer, 2)
+    state = cls().snapshot(model, optimizer, 2)
+    for seed in (1, 2):
+        other, its = _fresh(seed)
+        cls().restore(state, other, its)
+        _train(other, its, 3)
+    return _numbers(other)
+
+
+DEBUG = Exercise(
+    id="4.4.b",
+    symbol="Resumable",
+    reference=Resumable,
+    look_again="What a run remembers",
+    probes=[
+        Probe("the parts of a snapshot", _keys, equals()),
+        Probe(
+            "the model is tried once in eval mode, and trains on",
+            _modes,
+            equals(),
+            given="step, modes of the calls, mode afterwards",
+        ),
+        Probe("the weights in a snapshot stay what they were", _old_weights, equals()),
+        Probe("the moments, too", _old_moments, equals()),
+        Probe(
+            "three steps after a restore: the uninterrupted run",
+            lambda c: _resumed(c, False),
+            equals(1e-7, 1e-6),
+        ),
+        Probe("with dropout and random data", lambda c: _resumed(c, True), equals(1e-7, 1e-6)),
+        Probe("restored twice from one snapshot", _twice, equals(1e-7, 1e-6)),
+    ],
+    misconceptions=[
+        Misconception(
+            "the weights live on",
+            _LivingWeights,
+            "The snapshot holds the model's own tensors, so it changed while training went on. Copy the "
+            "tensors, not only the dict.",
+        ),
+        Misconception(
+            "the moments live on",
+            _LivingMoments,
+            "The optimizer's state dict is made of its own tensors: the moments in the snapshot moved on with "
+            "the run. Copy them deeply.",
+        ),
+        Misconception(
+            "moments are not put back",
+            _NoMoments,
+            "The weights came back, the moments did not, so Adam starts as at its first step: that is the bump "
+            "in the curve.",
+        ),
+        Misconception(
+            "the generator too early",
+            _RngTooEarly,
+            "The generator was put back, and then trying the model drew from it. Put it back last.",
+        ),
+        Misconception(
+            "the generator not at all",
+            _NoRng,
+            "Without dropout and random data the run is right; with them it is another one: the generator was "
+            "never put back.",
+        ),
+        Misconception(
+            "left in evaluation mode",
+            _LeftInEval,
+            "After the restore the model is in evaluation mode, and dropout is off for the rest of the run.",
+        ),
+        Misconception(
+            "moments handed over",
+            _HandsMomentsOver,
+            "The first restore works. It gave the optimizer the snapshot's own tensors, which then trained on, "
+            "so a second restore starts from other moments. Copy on the way back, too.",
+        ),
+    ],
+)
+
+
+# --- 4.4.c --------------------------------------------------------------------------------------------------
+
+
+def _average(
+    states: Sequence[dict[str, Tensor]], mean: Callable[[list[Tensor]], Tensor] | None = None
+) -> dict:
+    last = states[-1]
+    if any(state.keys() != last.keys() for state in states):
+        raise ValueError("the checkpoints have different names")
+    mean = mean or _mean
+    return {
+        name: mean([state[name] for state in states]) if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in last.items()
+    }
+
+
+def _mean(tensors: list[Tensor]) -> Tensor:
+    dtype = tensors[-1].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.stack([t.to(wide) for t in tensors]).mean(dim=0).to(dtype)
+
+
+def _narrow(states: Sequence[dict[str, Tensor]]) -> dict:
+    def mean(tensors: list[Tensor]) -> Tensor:
+        total = torch.zeros_like(tensors[0])
+        for tensor in tensors:
+            total = total + tensor
+        return total / len(tensors)
+
+    return _average(states, mean)
+
+
+def _float32_for_all(states: Sequence[dict[str, Tensor]]) -> dict:
+    return _average(states, lambda ts: torch.stack([t.float() for t in ts]).mean(dim=0))
+
+
+def _running(states: Sequence[dict[str, Tensor]]) -> dict:
+    def mean(tensors: list[Tensor]) -> Tensor:
+        total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32))
+        for tensor in tensors[1:]:
+            total = (total + tensor) / 2
+        return total.to(tensors[-1].dtype)
+
+    return _average(states, mean)
+
+
+def _sum(states: Sequence[dict[str, Tensor]]) -> dict:
+    return _average(states, lambda ts: (_mean(ts).double() * len(ts)).to(ts[-1].dtype))
+
+
+def _integers_too(states: Sequence[dict[str, Tensor]]) -> dict:
+    result = _average(states)
+    for name, tensor in states[-1].items():
+        if not tensor.is_floating_point():
+            result[name] = torch.stack([s[name].double() for s in states]).mean(0).to(tensor.dtype)
+    return result
+
+
+def _first_counters(states: Sequence[dict[str, Tensor]]) -> dict:
+    return {n: t if t.is_floating_point() else states[0][n].clone() for n, t in _average(states).items()}
+
+
+def _shares(states: Sequence[dict[str, Tensor]]) -> dict:
+    return {n: t if t.is_floating_point() else states[-1][n] for n, t in _average(states).items()}
+
+
+def _in_place(states: Sequence[dict[str, Tensor]]) -> dict:
+    result = _average(states)
+    for name, tensor in result.items():
+        states[0][name].copy_(tensor)
+    return result
+
+
+def _states() -> list[dict[str, Tensor]]:
+    return [
+        {"w": torch.tensor([1.0, 4.0]), "count": torch.tensor(10)},
+        {"w": torch.tensor([2.0, 4.0]), "count": torch.tensor(21)},
+        {"w": torch.tensor([6.0, 7.0]), "count": torch.tensor(32)},
+    ]
+
+
+def _bf16() -> list[dict[str, Tensor]]:
+    return [{"w": (1 + randn(40, seed=i)).bfloat16()} for i in range(9)]
+
+
+def _plain(state: dict[str, Tensor]) -> dict:
+    return {name: [str(t.dtype), t.double()] for name, t in state.items()}
+
+
+def _unchanged(f: Callable[..., dict]) -> list:
+    states = _states()
+    f(states)
+    return states
+
+
+def _written_into(f: Callable[..., dict]) -> list:
+    states = _states()
+    result = f(states)
+    for tensor in result.values():
+        tensor.zero_()
+    return states
+
+
+EXTEND = Exercise(
+    id="4.4.c",
+    symbol="average",
+    reference=_average,
+    look_again="An average of the weights",
+    probes=[
+        Probe(
+            "three weights, by hand",
+            lambda f: f(_states())["w"],
+            equals(),
+            given="w: [1, 4], [2, 4], [6, 7]",
+        ),
+        Probe(
+            "a counter is the last one's", lambda f: int(f(_states())["count"]), equals(), given="10, 21, 32"
+        ),
+        Probe("bf16 comes back as bf16", lambda f: str(f(_bf16())["w"].dtype), equals()),
+        Probe("and was added in float32", lambda f: f(_bf16())["w"].float(), equals(1e-6, 1e-6, digits=4)),
+        Probe(
+            "float64 stays exact",
+            lambda f: _plain(f([{"w": torch.tensor([1e9 + i, 1.0]).double()} for i in (0.25, 0.5)]))["w"][0]
+            + str((f([{"w": (torch.tensor([1e9]).double() + i)} for i in (0.25, 0.5)])["w"] - 1e9).item()),
+            equals(),
+        ),
+        Probe("one checkpoint", lambda f: _plain(f(_states()[1:2])), equals()),
+        Probe("what is handed in does not change", _unchanged, equals()),
+        Probe("the result shares no memory with it", _written_into, equals()),
+        Probe(
+            "other names: a ValueError",
+            lambda f: outcome(lambda: f([{"a": torch.ones(1)}, {"b": torch.ones(1)}]) and "no error"),
+            equals(),
+        ),
+        Probe(
+            "a name more: a ValueError",
+            lambda f: outcome(
+                lambda: f([{"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1)}]) and "no error"
+            ),
+            equals(),
+        ),
+    ],
+    misconceptions=[
+        Misconception(
+            "added in bf16",
+            _narrow,
+            "You added in the dtype in which the weights came. A sum of nine in bf16 loses what its eight bits "
+            "cannot hold: compute in float32, then round once.",
+        ),
+        Misconception(
+            "float32 for all",
+            _float32_for_all,
+            "The values are right, but the result is float32 whatever came in; the model expects its own dtype.",
+        ),
+        Misconception(
+            "a running half",
+            _running,
+            "(a + b) / 2 again and again gives the last checkpoint half of the say, the one before a quarter. A "
+            "mean gives all the same.",
+        ),
+        Misconception("a sum", _sum, "You added the weights up and did not divide by their number."),
+        Misconception(
+            "counters averaged",
+            _integers_too,
+            "A step counter of 21 belongs to no weights here: what is not floating comes from the last one.",
+        ),
+        Misconception(
+            "the first one's counters",
+            _first_counters,
+            "Counters came from the oldest checkpoint; the average goes on from the last one.",
+        ),
+        Misconception(
+            "shared counters",
+            _shares,
+            "The counters of the result are the very tensors of the last checkpoint: writing into one changes "
+            "the other. Clone them.",
+        ),
+        Misconception(
+            "averaged in place",
+            _in_place,
+            "The mean was written into the first checkpoint's own tensors, which is then no longer what was saved.",
+        ),
+    ],
+)
+
+EXERCISES = [BUILD, DEBUG, EXTEND]
