@@ -229,10 +229,13 @@ def _override(text: str) -> DictConfig:
 def _keys(table: DictConfig, prefix: str = "") -> Iterator[str]:
     """`model`, `model.d_model`, …; a table's fields one level deep, as nothing here is deeper."""
     for key in table:
-        yield f"{prefix}{key}"
         inside = table._get_node(key)
-        if not prefix and key in _TABLES and isinstance(inside, DictConfig):
+        if isinstance(inside, DictConfig) and not prefix and len(inside):
+            if key in _TABLES:
+                yield key
             yield from _keys(inside, f"{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def _first(table: str) -> str:
@@ -303,7 +306,9 @@ def _check(config: Config) -> None:
     if train.parallel in ("fsdp", "deepspeed"):
         for name, off in (("optimizer", "adamw"), ("ema", None)):
             if getattr(train, name) != off:
-                raise ConfigError(f"train.parallel={train.parallel} does not go with train.{name}: use ddp")
+                raise ConfigError(
+                    f"train.parallel={train.parallel} does not go with train.{name}={getattr(train, name)}: use ddp"
+                )
     _check_model(config)
 
 

@@ -62,6 +62,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return FAILED, text
     if isinstance(error, (CorpusError, ImportError, ValueError)):
         return BAD_INPUT, text
+    if isinstance(error, OSError) and error.errno is None:  # one of our own sentences
+        return BAD_INPUT, text
     if isinstance(error, OSError):
         return FAILED, f"{error.strerror or text}" + (f": {error.filename}" if error.filename else "")
     return FAILED, f"{type(error).__name__}: {text[:300]} (LLM_SCRATCH_DEBUG=1 shows where)"

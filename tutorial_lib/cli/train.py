@@ -46,9 +46,10 @@ def train(
             return
         try:
             outcome = train_run(settings, resume, console)
+            speaks = is_main()  # without the group, every process is the main one
         finally:
             stop()
-    if not is_main():
+    if not speaks:
         return
     best = f", best validation loss {outcome.best:.4f}" if outcome.best < float("inf") else ""
     if outcome.last is None:

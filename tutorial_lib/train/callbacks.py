@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from tutorial_lib.core.sampler import generate
 from tutorial_lib.data.tokenizers import Tokenizer
 from tutorial_lib.train.checkpoints import CheckpointFolder
-from tutorial_lib.train.distributed import barrier, is_main, unwrap
+from tutorial_lib.train.distributed import barrier, is_main
 from tutorial_lib.train.evaluate import EarlyStopping, Evaluation, evaluate
 from tutorial_lib.train.loggers import Logger
 from tutorial_lib.train.loop import StepInfo
@@ -107,7 +107,7 @@ class Sample:
         device = next(model.parameters()).device
         ids = torch.tensor([self.tokenizer.encode(self.prompt)], device=device)
         generator = torch.Generator(device).manual_seed(0)
-        length = unwrap(model).config.max_seq_len
+        length = self.evaluator.seq_len
         with self.trainer.precision.autocast():
             new = generate(model, ids, self.n, length, temperature=0.8, top_p=0.95, generator=generator)
             self.text = self.tokenizer.decode([*ids[0].tolist(), *(int(t) for t in new)])

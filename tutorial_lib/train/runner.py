@@ -101,11 +101,11 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
             "add --resume to go on with it, or log.name=… to begin another"
         )
     source = _open(config, folder, tell)
-    trainer, header = _trainer(config, source, device, tell)
     val_tokens = source.val
     for tokens, what in ((source.train, "train on"), (val_tokens, "validate on")):
         if tokens is not None:
             check_fits(tokens, train.seq_len, what)
+    trainer, header = _trainer(config, source, device, tell)
 
     # From here on the folder is written to.
     found = checkpoints.newest(tell) if resume else None
@@ -189,6 +189,8 @@ def _trainer(config: Config, source: Source, device: torch.device, tell) -> tupl
             f"train.batch_size {train.batch_size} cannot be shared evenly by {world_size()} processes"
         )
     precision = pick_precision(train.amp, device)
+    if train.amp:
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
     torch.manual_seed(train.seed)  # the same weights on every process …
     model = Transformer(model_config(config)).to(device)
     header = _header(config, source, model)
@@ -200,10 +202,11 @@ def _trainer(config: Config, source: Source, device: torch.device, tell) -> tupl
     if train.activation_checkpointing:
         recompute_blocks(model.blocks)
     how = train.parallel if world_size() > 1 else "none"
+    zero = how == "deepspeed"
     if train.compile and how == "fsdp":  # block by block, so that each can be gathered before it runs
         for block in model.blocks:
             block.compile()
-    wrapped = parallelize(model, how, precision.dtype)
+    wrapped = parallelize(model, "none" if zero else how, precision.dtype)
     if train.compile and how != "fsdp":  # around DDP: it then cuts the graph where gradients are sent
         wrapped.compile()
     optimizer = build_optimizer(
@@ -222,18 +225,18 @@ def _trainer(config: Config, source: Source, device: torch.device, tell) -> tupl
     schedule = partial(
         SCHEDULES[train.schedule], warmup=train.warmup_steps / train.steps, floor=train.lr_floor
     )
-    trainer = Trainer(
-        wrapped,
-        optimizer,
-        batches,
-        train.steps,
-        schedule,
-        train.grad_clip,
-        precision,
-        train.micro_batch_size,
-        train.max_seconds,
-        train.ema,
-    )
+    more = {
+        "schedule": schedule,
+        "grad_clip": train.grad_clip,
+        "micro_batch_size": train.micro_batch_size,
+        "max_seconds": train.max_seconds,
+    }
+    if zero:
+        from tutorial_lib.train.deepspeed_engine import deepspeed_trainer
+
+        stage, dtype = train.zero_stage, precision.dtype
+        return deepspeed_trainer(model, optimizer, batches, train.steps, stage, dtype, **more), header
+    trainer = Trainer(wrapped, optimizer, batches, train.steps, precision=precision, ema=train.ema, **more)
     return trainer, header
 
 
