@@ -90,8 +90,8 @@ class _Model(nn.Module):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> None:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         for name, tensor in self._named().items():
             value = state[name].to(tensor.device, torch.float32)
@@ -99,7 +99,7 @@ class _Model(nn.Module):
                 tensor.copy_(value)
                 continue
             safe_set_full_fp32_param(tensor, value)  # the piece that is updated, and the copy that computes
-            with torch.no_grad(), GatheredParameters([tensor], modifier_rank=0):
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
                 tensor.copy_(value)
 
 
