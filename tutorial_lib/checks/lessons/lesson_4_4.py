@@ -299,6 +299,9 @@ DEBUG = Exercise(
     symbol="Resumable",
     reference=Resumable,
     look_again="What a run remembers",
+    equivalent_mutants={
+        "`1` became `2`": "how much trying the model draws does not matter: the generator is put back"
+    },
     probes=[
         Probe("the parts of a snapshot", _keys, equals()),
         Probe(
@@ -470,6 +473,10 @@ EXTEND = Exercise(
     symbol="average",
     reference=_average,
     look_again="An average of the weights",
+    equivalent_mutants={
+        "`torch.promote_types(tensor.dtype, torch.float32)` became "
+        "`torch.promote_types(torch.float32, tensor.dtype)`": "the common type of two types has no order"
+    },
     probes=[
         Probe(
             "three weights, by hand",
