@@ -6,12 +6,13 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.rope import RopeScaling
-from tutorial_lib.train.checkpoint import CheckpointError, load_model, save_model
+from tutorial_lib.train.checkpoint import CheckpointError, load_model, model_header, save_model
+from tutorial_lib.train.checkpoints import load_tree, save_tree
 
 SMALL = {"vocab_size": 50, "max_seq_len": 16, "d_model": 32, "n_heads": 2, "n_layers": 2}
 
@@ -51,8 +52,8 @@ def test_the_modern_model_comes_back_as_it_was(tmp_path, more):
 
 
 def test_a_kind_that_nobody_knows(tmp_path):
-    path = tmp_path / "m.safetensors"
-    save_file({"a": torch.zeros(1)}, path, metadata={"kind": "Mamba", "config": "{}"})
+    tree = {"model": {"a": torch.zeros(1)}}
+    path = save_tree(tmp_path / "m.safetensors", tree, {"kind": "Mamba", "config": "{}"})
     assert "no usable model configuration" in sentence(path) and "Mamba" in sentence(path)
 
 
@@ -91,23 +92,35 @@ def test_a_pickle_is_never_opened(tmp_path):
 
 
 def test_wrong_tensors_are_named(good, tmp_path):
-    from safetensors import safe_open
+    tree, header = load_tree(good)
+    header = {name: header[name] for name in ("kind", "config", "about")}
+    path = tmp_path / "x.safetensors"
 
-    with safe_open(good, "pt") as file:
-        header = file.metadata()
-    tensors = load_file(good)
-    shape = dict(tensors, **{"norm.weight": torch.ones(3)})
-    save_file(shape, tmp_path / "shape.safetensors", metadata=header)
-    assert "'norm.weight' has shape (3,), the model needs (32,)" in sentence(tmp_path / "shape.safetensors")
-    lost = {name: tensor for name, tensor in tensors.items() if name != "norm.weight"}
-    save_file(lost, tmp_path / "lost.safetensors", metadata=header)
-    assert "'norm.weight' is missing" in sentence(tmp_path / "lost.safetensors")
-    save_file(tensors, tmp_path / "bare.safetensors")
-    assert "no usable model configuration" in sentence(tmp_path / "bare.safetensors")
+    def told(**changed) -> str:
+        tensors = {n: changed.get(n, t) for n, t in tree["model"].items() if changed.get(n, t) is not None}
+        return sentence(save_tree(path, {"model": tensors}, header))
+
+    assert "'norm.weight' has shape (3,), the model needs (32,)" in told(**{"norm.weight": torch.ones(3)})
+    assert "'norm.weight' is missing" in told(**{"norm.weight": None})
+    assert "no usable model configuration" in sentence(save_tree(path, tree))
+    assert "but no model" in sentence(save_tree(path, {"other": torch.ones(1)}, header))
+    save_file({"a": torch.ones(1)}, path)
+    assert "no checkpoint of this project" in sentence(path)
+
+
+def test_an_average_of_the_weights_is_what_is_used(tmp_path):
+    model = GPT(GPTConfig(**SMALL))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for parameter in average.parameters():
+        torch.nn.init.constant_(parameter, 3.0)
+    tree = {"model": model.state_dict(), "ema": average.state_dict()}
+    path = save_tree(tmp_path / "m.ckpt", tree, model_header(model))
+    assert (load_model(path)[0].norm.weight == 3.0).all()
+    assert torch.equal(load_model(path, ema=False)[0].norm.weight, model.norm.weight)
 
 
 def test_a_failed_save_leaves_the_old_file(good, monkeypatch):
-    import tutorial_lib.train.checkpoint as module
+    import tutorial_lib.train.checkpoints as module
 
     before = good.read_bytes()
 

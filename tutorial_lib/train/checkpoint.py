@@ -16,7 +16,7 @@ import torch
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.train.checkpoints import CheckpointError, load_tree, save_tree
+from tutorial_lib.train.checkpoints import CheckpointError, load_tree, read_header, save_tree
 
 __all__ = ["CheckpointError", "load_model", "model_header", "save_model"]
 
@@ -53,16 +53,20 @@ def load_model(
     Raises:
         CheckpointError: if the file is missing, damaged, or holds another model than its header says.
     """
-    tree, header = load_tree(path)
+    header = read_header(path)
+    try:
+        averaged = ema and dict(json.loads(header["tree"])["dict"]).get("ema") is not None
+    except (KeyError, TypeError, ValueError):
+        averaged = False  # load_tree says what is wrong
+    tensors, header = load_tree(path, only="ema" if averaged else "model")
     try:
         make_config, make_model = KINDS[header["kind"]]
         model = make_model(make_config(**json.loads(header["config"]))).to(device)
         about = json.loads(header.get("about", "{}"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has no usable model configuration in its header: {error}") from None
-    tensors = tree.get("model", {})
-    if ema and tree.get("ema") is not None:
-        tensors = {name.removeprefix("module."): t for name, t in tree["ema"].items() if name != "n_averaged"}
+    if averaged:
+        tensors = {name.removeprefix("module."): t for name, t in tensors.items() if name != "n_averaged"}
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         state = "missing" if name in expected else "not part of this model"

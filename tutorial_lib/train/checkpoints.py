@@ -6,6 +6,7 @@ A checkpoint is a tree of dicts and lists. Its tensors lie in a safetensors file
 file's header, and beside it a SHA-256 of both. Nothing in it can run code.
 """
 
+import difflib
 import hashlib
 import json
 import math
@@ -38,11 +39,17 @@ def _digest(header: Mapping[str, str], tensors: Callable[[str], Tensor], names: 
     for name in sorted(names):
         tensor = tensors(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        line = tensor.as_strided(
-            (tensor.numel(),), (1,)
-        )  # reshape would leave a single element its odd stride
+        # Not reshape(-1): that would leave a single element its odd stride.
+        line = tensor.as_strided((tensor.numel(),), (1,))
         digest.update(line.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _umask() -> int:
+    """What new files of this process are not allowed."""
+    mask = os.umask(0)  # it cannot be asked for without being set
+    os.umask(mask)
+    return mask
 
 
 def _onto_disk(path: Path) -> None:
@@ -77,9 +84,8 @@ def save_tree(path: str | Path, tree: Mapping[str, Any], header: Mapping[str, st
     with TemporaryDirectory(f".{os.getpid()}", f".{path.name}.", path.parent) as beside:
         file = Path(beside, path.name)
         save_file(tensors, file, metadata=about)
-        _onto_disk(
-            file
-        )  # first the bytes, then the name: left to itself, a disk may do it the other way round
+        file.chmod(0o666 & ~_umask())  # safetensors lets only the owner read it
+        _onto_disk(file)  # first the bytes, then the name: a disk may do it the other way round
         os.replace(file, path)
     _onto_disk(path.parent)
     return path
@@ -93,10 +99,9 @@ def read_header(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
-        hint = (
-            f"; beside it there is {near[-1]}" if near else "; `llm-scratch train` or `make tour` makes one"
-        )
+        names = [p.name for p in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
+        hint = f"; beside it there is {near[0]}" if near else "; `llm-scratch train` or `make tour` makes one"
         raise CheckpointError(f"there is no checkpoint at {path}{hint}")
     try:
         with open(path, "rb") as file:
@@ -250,9 +255,7 @@ class CheckpointFolder:
         except OSError:
             shutil.copyfile(path, beside)
         os.replace(beside, self.folder / name)
-        beside.unlink(
-            missing_ok=True
-        )  # renaming a file over another name of the same file does nothing at all
+        beside.unlink(missing_ok=True)  # renaming over another name of the same file does nothing
 
     def _sweep(self) -> None:
         """Remove what killed processes left half-written."""

@@ -14,7 +14,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tutorial_lib.data.stream import ShuffledBatches
 from tutorial_lib.tools.seeds import rng_state, set_rng_state
 from tutorial_lib.train.accumulate import SummedLoss, accumulate_gradients, split_batch, summed_lm_loss
-from tutorial_lib.train.distributed import agree, gather_objects, rank, shard_like, unwrap, whole, world_size
+from tutorial_lib.train.distributed import (
+    agree,
+    any_of,
+    gather_objects,
+    rank,
+    shard_like,
+    unwrap,
+    whole,
+    world_size,
+)
 from tutorial_lib.train.loop import Callback, StepInfo
 from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.sched import warmup_cosine
@@ -109,7 +118,7 @@ class Trainer:
             rate = self.optimizer.param_groups[0]["lr"]
             info = StepInfo(self.step, loss, grad_norm, rate, self.tokens, self.seconds, done)
             wishes = [callback(info) for callback in callbacks]  # a list: every callback is told
-            if any(gather_objects(any(wishes))):  # all stop together, or some would wait for ever
+            if any_of(any(wishes)):  # all stop together, or some would wait for ever
                 break
         return info
 
@@ -133,7 +142,7 @@ class Trainer:
             "optimizer": whole(self.optimizer.state_dict()),
             "precision": self.precision.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "batches": self.batches.state_dict() if saves_place else None,
+            "batches": gather_objects(self.batches.state_dict()) if saves_place else None,
             "rng": gather_objects(rng_state()),
             "progress": {"step": self.step, "tokens": self.tokens, "seconds": self.seconds},
         }
@@ -145,7 +154,8 @@ class Trainer:
             ValueError: if the data's order was another one.
         """
         if state["batches"] is not None:  # the one that may refuse comes first
-            self.batches.load_state_dict(state["batches"])
+            places = state["batches"]  # one for each process; a shuffled order has the same place for all
+            self.batches.load_state_dict(places[min(rank(), len(places) - 1)])
         model = unwrap(self.model)
         own = model.state_dict()
         model.load_state_dict({name: shard_like(t, own[name]) for name, t in state["model"].items()})
