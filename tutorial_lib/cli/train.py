@@ -44,11 +44,9 @@ def train(
 
             report(settings)
             return
-        try:
-            outcome = train_run(settings, resume, console)
-            speaks = is_main()  # without the group, every process is the main one
-        finally:
-            stop()
+        outcome = train_run(settings, resume, console)
+        speaks = is_main()  # without the group, every process is the main one
+        stop()  # not after an error: leaving would wait for processes that wait for this one
     if not speaks:
         return
     best = f", best validation loss {outcome.best:.4f}" if outcome.best < float("inf") else ""

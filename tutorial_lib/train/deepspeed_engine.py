@@ -108,9 +108,7 @@ class _Optimizer:
 
     def __init__(self, groups: list[dict[str, Any]], engine: Any) -> None:
         self.param_groups, self.engine = groups, engine
-        self.base = (
-            engine.optimizer.optimizer
-        )  # the optimizer that was handed in: it now works on flat pieces
+        self.base = engine.optimizer.optimizer  # the one that was handed in: it now works on flat pieces
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.optimizer.zero_grad(set_to_none)
@@ -123,10 +121,19 @@ class _Optimizer:
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
+    def _link(self) -> None:
+        # Stages 1 and 2 look for the moments once, after the first group's step, when other groups have none yet.
+        zero = self.engine.optimizer
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
     def state_dict(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = [entry["step"] for entry in self.base.state.values() if "step" in entry]
+        if steps:
+            self._link()
         numbers = iter(range(len(self._parameters())))
         groups = [
             {**group, "params": [next(numbers) for _ in group["params"]]} for group in self.param_groups
@@ -148,6 +155,7 @@ class _Optimizer:
         if not state["state"]:
             return
         self._make_moments()
+        self._link()
         for i, parameter in enumerate(self._parameters()):
             for key in MOMENTS:
                 value = state["state"][i][key].to(self.engine.device, torch.float32)
