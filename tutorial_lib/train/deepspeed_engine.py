@@ -161,7 +161,7 @@ class _Optimizer:
                 value = state["state"][i][key].to(self.engine.device, torch.float32)
                 safe_set_full_optimizer_state(parameter, value, key)
         for entry in self.base.state.values():
-            entry["step"] = torch.as_tensor(float(state["state"][0]["step"]))
+            entry["step"] = torch.full_like(torch.as_tensor(entry["step"]), float(state["state"][0]["step"]))
 
     def _make_moments(self) -> None:
         """DeepSpeed makes them at the first step: so take one that changes nothing, with a rate of zero."""
