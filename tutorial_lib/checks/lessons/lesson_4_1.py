@@ -122,7 +122,8 @@ def _many_words(f: Any) -> Any:
 def _input_stays(f: Any) -> Any:
     word = [1, 2, 3]
     returned = outcome(lambda: _plain(f(word, (1, 2), 9)))
-    return word, returned
+    other = [2, 1, 3]
+    return word, returned, outcome(lambda: f(other, (1, 2), 9)[0] is other)
 
 
 MERGE = Exercise(
@@ -137,7 +138,12 @@ MERGE = Exercise(
         Probe("twice in a word", _word([1, 2, 5, 1, 2]), equals(), given="[1, 2, 5, 1, 2], (1, 2), 9"),
         Probe("side by side", _word([1, 2, 1, 2]), equals(), given="[1, 2, 1, 2], (1, 2), 9"),
         Probe("a pair of equals", _word([7, 7, 7], (7, 7)), equals(), given="[7, 7, 7], (7, 7), 9"),
-        Probe("`word` stays as it is", _input_stays, equals(), given="word = [1, 2, 3]"),
+        Probe(
+            "`word` stays as it is",
+            _input_stays,
+            equals(),
+            given="word = [1, 2, 3], and [2, 1, 3]; is the list that is returned `word` itself?",
+        ),
         Probe("equals the reference", _many_words, equals()),
         Probe(
             "nothing, and one id",
@@ -205,6 +211,7 @@ def _ranks(*tokens: bytes) -> Ranks:
 
 
 ABC = _ranks(b"bc", b"ab", b"abc")
+UNUSUAL: Ranks = {**{bytes([b]): 255 - b for b in range(256)}, b"bc": 256}
 # As learned from words of a and b: 256 tokens would do as well, these are enough to make every mistake.
 LEARNED = _ranks(b"aa", b"ab", b"ba", b"aab", b"bb", b"aaa", b"abba", b"bba", b"aabaa", b"baab", b"aaaa")
 
@@ -307,9 +314,14 @@ ENCODE = Exercise(
         ),
         Probe(
             "two ways, the lower rank first",
-            _encoded(b"abc", _ranks(b"bc", b"ab")),
+            lambda f: (
+                _encoded(b"abc", _ranks(b"bc", b"ab"))(f),
+                _encoded(b"cba", _ranks(b"ba", b"cb"))(f),
+                _encoded(b"abcd", _ranks(b"ab", b"cd", b"abc"))(f),
+            ),
             equals(),
-            given='b"abc", with bc = 256, ab = 257',
+            given='b"abc", with bc = 256, ab = 257; b"cba", with ba = 256, cb = 257; b"abcd", with ab, cd, abc = 256 '
+            "to 258",
         ),
         Probe(
             "a merge of a merge",
@@ -337,6 +349,12 @@ ENCODE = Exercise(
             lambda f: (_encoded(b"")(f), _encoded(bytes([255, 0, 128]))(f)),
             equals(),
             given='b"" and b"\\xff\\x00\\x80"',
+        ),
+        Probe(
+            "bytes whose rank is another number",
+            _encoded(b"abcd", UNUSUAL),
+            equals(),
+            given='b"abcd", where byte b has the rank 255 - b, as GPT-2 has them in an order of its own; bc = 256',
         ),
     ],
     misconceptions=[
@@ -515,9 +533,9 @@ DROPOUT = Exercise(
         Probe("no byte is lost", _joined, equals()),
         Probe(
             "one candidate dropped",
-            _dropped(b"abcd", 0.5, 0.9, 0.1),
+            lambda f: (_dropped(b"abcd", 0.5, 0.9, 0.1)(f), _dropped(b"abcd", 0.5, 0.1, 0.9)(f)),
             equals(),
-            given='b"abcd", p = 0.5; drawn: 0.9 for ab, 0.1 for bc',
+            given='b"abcd", p = 0.5; drawn: 0.9 for ab, 0.1 for bc, or the other way round; then 0.5 for all',
         ),
         Probe(
             "dropped now, merged later",
@@ -546,7 +564,12 @@ DROPOUT = Exercise(
             ],
             equals(),
         ),
-        Probe("nothing", _dropped(b"", 0.5), equals(), given='b""'),
+        Probe(
+            "nothing, and bytes whose rank is another number",
+            lambda f: (_dropped(b"", 0.5)(f), _dropped(b"abcd", 0.5, ranks=UNUSUAL)(f)),
+            equals(),
+            given='b""; b"abcd", where byte b has the rank 255 - b, and bc = 256',
+        ),
     ],
     misconceptions=[
         Misconception(

@@ -371,9 +371,12 @@ def _stepped(
     scaler: torch.amp.GradScaler,
     lr: float = 1.0,
     momentum: float = 0.0,
+    left: float | None = None,
 ) -> list[Any]:
-    """Norms, weights and scale after some steps."""
+    """Norms, weights and scale after some steps; `left` is what somebody else left in every .grad."""
     optimizer = _Optimizer(model, lr, momentum)
+    for p in model.parameters():
+        p.grad = None if left is None else torch.full_like(p, left)
     norms = [f(model, optimizer, scaler, batch, max_norm) for batch in batches]
     return [*norms, *[p.detach().clone() for p in model.parameters()], float(scaler.get_scale())]
 
@@ -405,6 +408,12 @@ DEBUG = Exercise(
             "two steps in a row, and the scale grows",
             lambda f: _stepped(f, _model(), [_ragged(1), _ragged(2)], 10.0, _scaler(interval=1)),
             equals(),
+        ),
+        Probe(
+            "what was in .grad before does not count",
+            lambda f: _stepped(f, _table(), [_one_and_three()], 100.0, _scaler(), left=3.0),
+            equals(digits=4),
+            given=GIVEN + "; every .grad holds 3 at the start",
         ),
         Probe(
             "an infinite gradient: the step is skipped and the scale halved",
@@ -500,6 +509,12 @@ def _paid_twice(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor
     return weight + owed, owed
 
 
+def _nothing_owed(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    owed = update + residue
+    new = weight + owed
+    return new, owed + weight - new
+
+
 def _in_place(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
     before, owed = weight.clone(), update + residue
     weight += owed
@@ -577,6 +592,12 @@ EXTEND = Exercise(
             "the wrong way round",
             _sign,
             "The residue has the wrong sign: it is then taken away again where it should be added. Owed minus taken.",
+        ),
+        Misconception(
+            "nothing is ever owed",
+            _nothing_owed,
+            "Your new residue is always 0. If it is computed as owed + weight − new, the sum is rounded before new is "
+            "taken from it: take (new − weight), with these brackets, from owed.",
         ),
         Misconception(
             "paid twice",

@@ -86,6 +86,17 @@ def _experts() -> nn.Module:
     return model
 
 
+def _alike() -> nn.Module:
+    """Names that only look like a block's, a norm's or a bias's, and a block's vector that looks like nothing."""
+    model = _Toy()
+    model.blocks_mixer = nn.Linear(4, 4, bias=False)
+    model.old = nn.ModuleDict({"blocks": nn.Linear(4, 4, bias=False)})
+    model.bias_table = nn.Parameter(torch.ones(3, 4))
+    model.blocks[0].norm_mixer = nn.Linear(4, 4, bias=False)
+    model.blocks[0].register_parameter("gain", nn.Parameter(torch.ones(4)))
+    return model
+
+
 def _names(groups: list[dict], model: nn.Module) -> list[str]:
     """What is in each group, by name."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -168,6 +179,13 @@ A = Exercise(
             lambda f: _sort(f, _experts),
             _listed,
             given="the first model, with blocks.0.experts (2, 4, 4)",
+        ),
+        Probe(
+            "names that only look alike",
+            lambda f: _sort(f, _alike),
+            _listed,
+            given="the first model, with blocks_mixer, old.blocks, bias_table, blocks.0.norm_mixer (2-D) and "
+            "blocks.0.gain (1-D)",
         ),
     ],
     misconceptions=[
@@ -293,8 +311,8 @@ def _loop(
     return wrong
 
 
-class _Descent:
-    """Gradient descent with groups. torch's own would first import its compiler, which takes seconds."""
+class _Descent(torch.optim.Optimizer):
+    """Gradient descent with groups. torch's own __init__ and step would first import its compiler: seconds."""
 
     def __init__(self, rates: dict[nn.Module, float]) -> None:
         self.param_groups = [{"params": list(m.parameters()), "lr": lr} for m, lr in rates.items()]

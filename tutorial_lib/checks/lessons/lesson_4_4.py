@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -69,12 +70,17 @@ def _always_from_the_front(
     return _next(seen // n * n, batch_size, n, seed, rank, world)
 
 
+def _kinds(f: Callable[..., Any]) -> list[str]:
+    return sorted({"int" if isinstance(k, Integral) else type(k).__name__ for k in f(0, 4, 10, 1)})
+
+
 BUILD = Exercise(
     id="4.4.a",
     symbol="next_windows",
     reference=_next,
     look_again="A place in the data that is one integer",
     probes=[
+        Probe("whole numbers come back", _kinds, equals()),
         Probe(
             "one epoch in one batch: each window once",
             lambda f: sorted(f(0, 7, 7, 3)),
@@ -88,7 +94,7 @@ BUILD = Exercise(
         Probe("the second epoch has another order", lambda f: f(10, 10, 10, 1), equals()),
         Probe("a batch that spans two epochs", lambda f: f(8, 4, 10, 1), equals()),
         Probe("a batch that spans four", lambda f: f(2, 11, 3, 5), equals()),
-        Probe("the second process of two", lambda f: f(4, 4, 10, 1, 1, 2), equals()),
+        Probe("two processes", lambda f: [f(6, 4, 10, 1, r, 2) for r in range(2)], equals()),
         Probe("all of three processes", lambda f: [f(5, 6, 8, 2, r, 3) for r in range(3)], equals()),
     ],
     misconceptions=[
@@ -226,13 +232,52 @@ class _Counts(nn.Module):
         return self.dropout(self.linear(x))
 
 
-def _fresh(seed: int, dropout: float = 0.0) -> tuple[_Counts, torch.optim.Optimizer]:
+class _Adam:
+    """Adam with the manners of torch's: its state dict holds the living tensors, and it takes over those that it loads.
+
+    torch's own would first import its compiler, which takes seconds.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        self.param_groups: list[dict] = [{"params": list(params), "lr": lr}]
+        self.state: dict[nn.Parameter, dict] = {}
+
+    def zero_grad(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p not in self.state:
+                names = ("exp_avg", "exp_avg_sq")
+                self.state[p] = {"step": torch.zeros(())} | {name: torch.zeros_like(p) for name in names}
+            one = self.state[p]
+            m, v, t = one["exp_avg"], one["exp_avg_sq"], one["step"].add_(1)
+            m.mul_(0.9).add_(p.grad, alpha=0.1)
+            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+            p.sub_(self.param_groups[0]["lr"] * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+
+    def state_dict(self) -> dict:
+        params = self.param_groups[0]["params"]
+        return {
+            "state": {i: self.state[p] for i, p in enumerate(params) if p in self.state},
+            "param_groups": [{"lr": self.param_groups[0]["lr"], "params": list(range(len(params)))}],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        params = self.param_groups[0]["params"]
+        self.state = {params[i]: dict(one) for i, one in state["state"].items()}
+        self.param_groups[0]["lr"] = state["param_groups"][0]["lr"]
+
+
+def _fresh(seed: int, dropout: float = 0.0) -> tuple[_Counts, Any]:
     torch.manual_seed(seed)
     model = _Counts(dropout)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.05)
+    return model, _Adam(model.parameters(), lr=0.05)
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, noise: bool = False) -> None:
+def _train(model: nn.Module, optimizer: Any, steps: int, noise: bool = False) -> None:
     for i in range(steps):
         x = torch.randn(3, 4) if noise else randn(3, 4, seed=i)
         optimizer.zero_grad()
@@ -440,14 +485,14 @@ def _in_place(states: Sequence[dict[str, Tensor]]) -> dict:
 
 def _states() -> list[dict[str, Tensor]]:
     return [
-        {"w": torch.tensor([1.0, 4.0]), "count": torch.tensor(10)},
-        {"w": torch.tensor([2.0, 4.0]), "count": torch.tensor(21)},
-        {"w": torch.tensor([6.0, 7.0]), "count": torch.tensor(32)},
+        {"w": torch.tensor([1.0, 4.0]), "count": torch.tensor(10), "mask": torch.tensor([True, False])},
+        {"w": torch.tensor([2.0, 4.0]), "count": torch.tensor(21), "mask": torch.tensor([True, True])},
+        {"w": torch.tensor([6.0, 7.0]), "count": torch.tensor(32), "mask": torch.tensor([False, True])},
     ]
 
 
-def _bf16() -> list[dict[str, Tensor]]:
-    return [{"w": (1 + randn(40, seed=i)).bfloat16()} for i in range(9)]
+def _narrow_states(dtype: torch.dtype = torch.bfloat16) -> list[dict[str, Tensor]]:
+    return [{"w": (1 + randn(40, seed=i)).to(dtype)} for i in range(9)]
 
 
 def _plain(state: dict[str, Tensor]) -> dict:
@@ -461,11 +506,13 @@ def _unchanged(f: Callable[..., dict]) -> list:
 
 
 def _written_into(f: Callable[..., dict]) -> list:
+    """Three checkpoints, and one alone, after somebody wrote into their averages."""
     states = _states()
-    result = f(states)
-    for tensor in result.values():
-        tensor.zero_()
-    return states
+    alone = _states()[:1]
+    for average in (f(states), f(alone)):
+        for tensor in average.values():
+            tensor.zero_()
+    return states + alone
 
 
 EXTEND = Exercise(
@@ -485,10 +532,17 @@ EXTEND = Exercise(
             given="w: [1, 4], [2, 4], [6, 7]",
         ),
         Probe(
-            "a counter is the last one's", lambda f: int(f(_states())["count"]), equals(), given="10, 21, 32"
+            "a counter and a mask are the last one's",
+            lambda f: [f(_states())[name].tolist() for name in ("count", "mask")],
+            equals(),
+            given="counts 10, 21, 32; masks [True, False], [True, True], [False, True]",
         ),
-        Probe("bf16 comes back as bf16", lambda f: str(f(_bf16())["w"].dtype), equals()),
-        Probe("and was added in float32", lambda f: f(_bf16())["w"].float(), equals(1e-6, 1e-6, digits=4)),
+        Probe("bf16 comes back as bf16", lambda f: str(f(_narrow_states())["w"].dtype), equals()),
+        Probe(
+            "and was added in float32; fp16, too",
+            lambda f: [f(_narrow_states(dtype))["w"].float() for dtype in (torch.bfloat16, torch.float16)],
+            equals(1e-6, 1e-6, digits=4),
+        ),
         Probe(
             "float64 stays exact",
             lambda f: _plain(f([{"w": torch.tensor([1e9 + i, 1.0]).double()} for i in (0.25, 0.5)]))["w"][0]
@@ -505,10 +559,14 @@ EXTEND = Exercise(
         ),
         Probe(
             "a name more: a ValueError",
-            lambda f: outcome(
-                lambda: f([{"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1)}]) and "no error"
-            ),
+            lambda f: [
+                outcome(
+                    lambda names=names: f([dict.fromkeys(n, torch.ones(1)) for n in names]) and "no error"
+                )
+                for names in (("ab", "a"), ("a", "ab"), ("a", "ab", "a"))
+            ],
             equals(),
+            given="names a, b and then a; a and then a, b; a, then a, b, then a",
         ),
     ],
     misconceptions=[

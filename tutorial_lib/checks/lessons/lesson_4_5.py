@@ -114,6 +114,12 @@ _CURVE = (4.0, 8.0, 6.0, 10.0, 1.0, 3.0)
 _BROKEN = [4.0, math.nan, 8.0, math.inf, 6.0, -math.inf, 2.0]
 
 
+def _curve_after(f: Callable) -> Tensor:
+    curve = [*_CURVE]
+    f(curve, 0.5)
+    return _as_tensor(curve)
+
+
 def _as_tensor(values: Sequence[float]) -> Tensor:
     return torch.tensor([float(x) for x in values], dtype=torch.float64)
 
@@ -126,10 +132,10 @@ SMOOTH = Exercise(
     probes=[
         Probe("as many numbers as values", lambda f: _as_tensor(f(_CURVE, 0.5)), same_shape),
         Probe(
-            "two values, by hand",
-            lambda f: _as_tensor(f([4.0, 8.0], 0.5)),
+            "three values, by hand",
+            lambda f: _as_tensor(f([4.0, 8.0, 12.0], 0.5)),
             equals(digits=4),
-            given="values 4, 8 and weight 0.5: m is 2, then 5; divided by 1/2 and 3/4",
+            given="values 4, 8, 12 and weight 0.5: m is 2, 5, 8.5; divided by 1/2, 3/4, 7/8",
         ),
         Probe("a constant stays what it is", lambda f: _as_tensor(f([3.0] * 8, 0.9)), equals(digits=4)),
         Probe("weight 0 changes nothing", lambda f: _as_tensor(f(_CURVE, 0.0)), equals(digits=4)),
@@ -140,7 +146,7 @@ SMOOTH = Exercise(
         ),
         Probe(
             "NaN and infinity pass through, and leave no trace",
-            lambda f: _as_tensor(f(_BROKEN, 0.6)),
+            lambda f: _as_tensor(f([*_BROKEN], 0.6)),
             equals(digits=4),
             given=str(_BROKEN),
         ),
@@ -149,6 +155,7 @@ SMOOTH = Exercise(
             lambda f: [_as_tensor(f([], 0.5)), _as_tensor(f([math.nan, math.nan, 5.0, 7.0], 0.5))],
             equals(digits=4),
         ),
+        Probe("the curve itself stays as it is", _curve_after, equals(), given=str([*_CURVE])),
         Probe(
             "refuses a weight outside 0 <= w < 1",
             lambda f: [outcome(lambda w=w: len(f(_CURVE, w))) for w in (-0.1, 1, 1.5, 0, 0.999)],
@@ -427,6 +434,12 @@ def _noisy(k: int, micro: int, P: int, seed: int) -> Tensor:
     return 1 + 2 * randn(k, P, seed=seed) / math.sqrt(micro)
 
 
+def _gradients_after(f: Callable) -> Tensor:
+    grads = _noisy(3, 2, 5, 0)
+    f(grads, 2)
+    return grads
+
+
 def _on_average(f: Callable) -> Tensor:
     """|G|² and S, averaged over many measurements; 20 and 80 are the truth."""
     found = [f(_noisy(4, 2, 20, seed), 2)[:2] for seed in range(400)]
@@ -448,16 +461,24 @@ NOISE = Exercise(
             given="four times the gradient (3, 4)",
         ),
         Probe(
-            "two gradients, by hand",
-            lambda f: f(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), 4),
+            "three gradients, by hand",
+            lambda f: f(torch.tensor([[4.0, 1.0], [1.0, 1.0], [1.0, 1.0]]), 4),
             equals(),
-            given="gradients (3, 1) and (1, 1), 4 examples each: mean of squared norms 6, squared norm of the mean 5",
+            given="gradients (4, 1), (1, 1), (1, 1), 4 examples each: mean of squared norms 7, squared norm of the "
+            "mean 5",
         ),
         Probe(
             "equals the reference",
             lambda f: [x for k, b in ((2, 1), (5, 4), (16, 32)) for x in f(_noisy(k, b, 30, k), b)],
             equals(),
         ),
+        Probe(
+            "nothing but noise: |G|² comes out negative",
+            lambda f: f(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), 4),
+            equals(),
+            given="gradients (1, 2) and (-1, -2), 4 examples each",
+        ),
+        Probe("the gradients stay as they are", _gradients_after, equals()),
         Probe("right on average", _on_average, equals(atol=0.05)),
         Probe(
             "refuses a single micro-batch",

@@ -78,6 +78,12 @@ def _one_number(
     )
 
 
+def _two_tiles(step: Step) -> list[Tensor]:
+    first = _one_number(-INF, 0.0, 0.0, [0.0, 0.0], [10.0, 20.0])(step)
+    then = step(*(x.clone() for x in first), torch.tensor([[0.0]]), torch.tensor([[30.0]]))
+    return [*(x.clone() for x in first), *then]
+
+
 def _empty_rows(step: Step) -> tuple[Tensor, Tensor, Tensor]:
     scores = randn(3, 6, seed=3)
     scores[0, :4], scores[1], scores[2, 2:] = -INF, -INF, -INF
@@ -101,10 +107,10 @@ STEP = Exercise(
             same_shape,
         ),
         Probe(
-            "the first tile, by hand",
-            _one_number(-INF, 0.0, 0.0, [0.0, 0.0], [10.0, 20.0]),
+            "the first tile and another, by hand",
+            _two_tiles,
             equals(digits=3),
-            given="m = −∞, l = 0, acc = 0; scores 0 and 0, values 10 and 20",
+            given="m = −∞, l = 0, acc = 0; scores 0 and 0, values 10 and 20; then a tile of one score 0, value 30",
         ),
         Probe(
             "a larger score, by hand",
@@ -245,9 +251,15 @@ def _sees_the_future(attend: Attend) -> tuple[Tensor, str | None]:
 
 
 def _last_rows(attend: Attend) -> Tensor:
-    """The last four of nine tokens, asked alone."""
+    """The last four of nine tokens, asked alone, in tiles whose edges lie apart."""
     q, k, v = _case(9, 9, 20)
-    return attend(q[-4:], k, v, 4, 4)
+    return torch.cat([attend(q[-4:].clone(), k.clone(), v.clone(), 4, width) for width in (4, 3)])
+
+
+def _inputs_after(attend: Attend) -> list[Tensor]:
+    inputs = _case(3, 5)
+    attend(*inputs, 2, 2)
+    return [*inputs]
 
 
 DEBUG = Exercise(
@@ -290,6 +302,7 @@ DEBUG = Exercise(
             ],
             equals(),
         ),
+        Probe("q, k and v stay as they are", _inputs_after, equals()),
         Probe("large scores", lambda attend: attend(*_case(7, 9, 12, 1e3), 3, 2), equals(1e-3)),
     ],
     misconceptions=[
@@ -392,6 +405,12 @@ def _in_turns(merge: Merge) -> list[Tensor]:
     return [*at_once, *then]
 
 
+def _parts_after(merge: Merge) -> list[Tensor]:
+    outs, lses = _parts([4, 9])
+    merge(outs, lses)
+    return [outs, lses]
+
+
 def _nobody(merge: Merge) -> tuple[Tensor, Tensor]:
     outs, lses = randn(2, 3, 4, seed=5), randn(2, 3, seed=6)
     for part, query in ((0, 0), (1, 1), (0, 2), (1, 2)):
@@ -408,13 +427,14 @@ MERGE = Exercise(
     probes=[
         Probe("shape and dtype", lambda merge: merge(*_parts([4, 9])), same_shape),
         Probe(
-            "by hand: one key and three keys",
-            lambda merge: merge(torch.tensor([[[8.0]], [[0.0]]]), torch.tensor([[1.0], [3.0]]).log()),
+            "by hand: two keys and six keys",
+            lambda merge: merge(torch.tensor([[[8.0]], [[0.0]]]), torch.tensor([[2.0], [6.0]]).log()),
             equals(digits=3),
-            given="all scores are 0: one key (output 8, L = log 1), then three keys (output 0, L = log 3)",
+            given="all scores are 0: two keys (output 8, L = log 2), then six keys (output 0, L = log 6)",
         ),
         Probe("two parts make the whole", lambda merge: merge(*_parts([4, 9])), equals()),
         Probe("any number of parts, in any order", _in_turns, equals()),
+        Probe("the parts stay as they are", _parts_after, equals()),
         Probe(
             "log-sum-exps of ±10⁴",
             lambda merge: [

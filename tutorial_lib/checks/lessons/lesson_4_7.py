@@ -98,6 +98,11 @@ def _too_much(traffic: tuple[int, int]) -> str | None:
     )
 
 
+def _doubling(outgoing: list[Tensor]) -> list[Tensor]:
+    """A bad line: what arrives is twice what was sent."""
+    return [2 * outgoing[r - 1] for r in range(len(outgoing))]
+
+
 RING = Exercise(
     id="4.7.a",
     symbol="ring_all_reduce",
@@ -131,6 +136,12 @@ RING = Exercise(
         ),
         Probe("no more is sent than a ring needs", _traffic, holds(_too_much)),
         Probe("five processes, eleven numbers", lambda f: f(_numbers(5, 11), _Wire()), equals()),
+        Probe(
+            "all that arrives came through `exchange`",
+            lambda f: f(_numbers(3, 6), _doubling),
+            equals(),
+            given="three processes, six numbers, and a bad line, on which what arrives is twice what was sent",
+        ),
         Probe("more processes than numbers", lambda f: f(_numbers(5, 3), _Wire()), equals()),
         Probe("one process alone", lambda f: f(_numbers(1, 4), _Wire()), equals()),
     ],
@@ -265,29 +276,27 @@ def _two_layers(f: Callable) -> tuple[Tensor, ...]:
 
 
 class _Counting(nn.Module):
-    """A model that notes how many rows it is given, call by call."""
+    """A model that notes the rows that it is given, call by call."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.rows = _bigrams(), []
 
     def forward(self, ids: Tensor) -> Tensor:
-        self.rows.append(len(ids))
+        self.rows.append(ids.tolist())
         return self.table(ids)
 
 
-def _rows_of_each(f: Callable) -> list[int]:
-    model = _Counting()
-    f(model, *_batch(6, 6), 3)
-    return model.rows
+def _rows_of_each(f: Callable) -> list[list[int]]:
+    model, (inputs, labels) = _Counting(), _batch(6, 6)
+    all_rows = inputs.tolist()
+    f(model, inputs, labels, 3)
+    return [[all_rows.index(row) for row in given] for given in model.rows]
 
 
-def _uneven(rows: list[int]) -> str | None:
-    return (
-        None
-        if rows == [2, 2, 2]
-        else f"6 rows for 3 processes: the model was given {rows} rows, not [2, 2, 2]"
-    )
+def _other_rows(rows: list[list[int]]) -> str | None:
+    right = [[0, 1], [2, 3], [4, 5]]
+    return None if rows == right else f"6 rows for 3 processes: the model was given rows {rows}, not {right}"
 
 
 DEBUG = Exercise(
@@ -317,7 +326,7 @@ DEBUG = Exercise(
             given="both rows of process 0 are -100 throughout",
         ),
         Probe("a model with three parameters", _two_layers, equals()),
-        Probe("each process computes its own rows", _rows_of_each, holds(_uneven)),
+        Probe("each process computes its own rows", _rows_of_each, holds(_other_rows)),
         Probe(
             "5 rows for 2 processes: a ValueError",
             lambda f: outcome(lambda: _flat(f(_bigrams(), *_batch(5, 5), 2)) and "no error"),
@@ -438,10 +447,11 @@ def _no_moments(n: int, size: int) -> Moments:
 def _run(f: Callable, n: int, length: int, steps: int, scale: float, **settings: Any) -> tuple[Tensor, ...]:
     """Weights and moments after some steps."""
     weights, moments = randn(length, seed=n), _no_moments(n, -(-length // n))
+    handed_in = [x for pair in moments for x in pair]  # which are to be changed, not replaced
     for t in range(1, steps + 1):
         gradients = [scale * (1 + 3 * r) * randn(length, seed=100 * t + r) for r in range(n)]
         weights = f(weights, gradients, moments, t, **settings)
-    return (weights, *(x for pair in moments for x in pair))
+    return (weights, *handed_in)
 
 
 def _first_step(f: Callable) -> Tensor:
@@ -503,6 +513,7 @@ ZERO = Exercise(
             lambda f: _run(f, 2, 4, 1, 1e-8, lr=1.0)[0],
             equals(),
         ),
+        Probe("gradients of zero", lambda f: _run(f, 2, 4, 1, 0.0), equals()),
         Probe(
             "weights and gradients that came in are untouched",
             _kept,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutorial_lib.checks.probes import equals, holds, outcome
+from tutorial_lib.checks.probes import equals, holds, outcome, same_shape
 from tutorial_lib.checks.spec import Exercise, Misconception, Probe
 
 PRIME = (1 << 31) - 1
@@ -247,6 +247,12 @@ def _packed(seed: int, B: int = 3, T: int = 24) -> Tensor:
     return torch.randint(0, 6, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
+def _ids_after(f: Callable[..., Masks]) -> Tensor:
+    ids = _packed(2)
+    f(ids, 3)
+    return ids
+
+
 def _sees_wrongly(result: Masks) -> str | None:
     mask = result[0]
     T = PACKED.shape[1]
@@ -363,8 +369,8 @@ EXERCISES = [
         probes=[
             Probe(
                 "shape and dtype",
-                lambda f: [(list(s.shape), str(s.dtype)) for s in (f(0, 12, 4, 5, r, 2) for r in range(2))],
-                equals(),
+                lambda f: [f(0, 12, 4, 5, r, 2) for r in range(2)],
+                same_shape,
                 given="12 windows, batches of 4, 2 ranks",
             ),
             Probe("each window once an epoch", lambda f: _run(f, 2), holds(_not_each_once)),
@@ -472,24 +478,25 @@ EXERCISES = [
         probes=[
             Probe(
                 "shape and dtype",
-                lambda f: [f"{tuple(x.shape)} {x.dtype}" for x in f(PACKED, 0)],
+                lambda f: [f"{tuple(x.shape)} {x.dtype}" for x in f(PACKED.clone(), 0)],
                 equals(),
                 given="ids (2, 8)",
             ),
-            Probe("never the future, always itself", lambda f: f(PACKED, 0), holds(_sees_wrongly)),
+            Probe("never the future, always itself", lambda f: f(PACKED.clone(), 0), holds(_sees_wrongly)),
             Probe(
                 "one window by hand",
-                lambda f: tuple(x.long() for x in f(PACKED[:1, :6], 0)),
+                lambda f: tuple(x.long() for x in f(PACKED[:1, :6].clone(), 0)),
                 equals(),
                 given="5 6 <eos> 7 8 9",
             ),
             Probe(
                 "two windows, empty documents",
-                lambda f: tuple(x.long() for x in f(PACKED, 0)),
+                lambda f: tuple(x.long() for x in f(PACKED.clone(), 0)),
                 equals(),
                 given="5 6 <eos> 7 8 9 <eos> 4 and 1 <eos> 2 3 <eos> <eos> 6 7",
             ),
             Probe("equals the reference", lambda f: f(_packed(1), 3), equals()),
+            Probe("the ids stay as they are", _ids_after, equals()),
             Probe(
                 "no end, and nothing but ends",
                 lambda f: (*f(torch.ones(1, 5).long(), 0), *f(torch.zeros(2, 4).long(), 0)),
