@@ -301,7 +301,7 @@ class LogWeights:
     """A callback that logs, every `every` steps and for each matrix, how it is distributed and how it moves.
 
     Histograms `weights/…` and `gradients/…` (as the optimizer got them, so clipped), and the scalar
-    `update_ratio/…`: ‖Δw‖ / ‖w‖ of the step that was just made, about 1e-3 when the learning rate is right.
+    `update_ratio/…`: ‖Δw‖ / ‖w‖ of the step that was just made, about 1e-3 in long runs that go well.
     It holds a copy of the matrices during one step out of `every`.
     """
 

@@ -36,7 +36,8 @@ def linear(progress: float, warmup: float = 0.05, floor: float = 0.1) -> float:
 def wsd(progress: float, warmup: float = 0.05, floor: float = 0.1, decay: float = 0.2) -> float:
     """Warm up, stay, decay (Hu et al. 2024, section 4), the descent by 1 - √ (Hägele et al. 2024, section 3).
 
-    Until the descent begins nothing depends on the length of the run: train on as long as you like, then decay.
+    Between the warm-up and the descent nothing depends on the length of the run: train on as long as you like,
+    then decay.
 
     Args:
         progress: Fraction of the run that is done; beyond 1 the factor stays at the floor.
