@@ -25,13 +25,11 @@ from tutorial_lib.train.loggers import (
     CSVLogger,
     Logger,
     Loggers,
-    LogSteps,
-    LogWeights,
     TensorBoardLogger,
-    TraceProfiler,
     WandbLogger,
 )
 from tutorial_lib.train.loop import StepInfo, TrainConfig, train
+from tutorial_lib.train.watchers import LogSteps, LogWeights, TraceProfiler
 
 ROOT = Path(__file__).resolve().parents[1]
 

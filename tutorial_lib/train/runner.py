@@ -31,10 +31,7 @@ from tutorial_lib.train.loggers import (
     CSVLogger,
     Logger,
     Loggers,
-    LogSteps,
-    LogWeights,
     TensorBoardLogger,
-    TraceProfiler,
     WandbLogger,
 )
 from tutorial_lib.train.loop import StepInfo
@@ -44,6 +41,7 @@ from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.recompute import recompute_blocks
 from tutorial_lib.train.schedules import SCHEDULES
 from tutorial_lib.train.trainer import Trainer
+from tutorial_lib.train.watchers import LogSteps, LogWeights, TraceProfiler
 
 __all__ = ["Outcome", "pick_precision", "train_run"]
 
