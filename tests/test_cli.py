@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from tutorial_lib.cli.main import app
 from tutorial_lib.config import ConfigError, load_config
+from tutorial_lib.train.callbacks import Stop
 from tutorial_lib.train.checkpoint import load_model
 from tutorial_lib.train.checkpoints import load_tree
 
@@ -93,10 +94,12 @@ def test_train_eval_generate(home):
     assert run(*words[:-1], "0").stdout == "WinCode LLM says:\n"
 
 
-def test_resuming_is_as_if_nothing_had_happened(home):
+def test_resuming_is_as_if_nothing_had_happened(home, monkeypatch):
     assert run("train", "-c", "small.yaml", "log.name=whole").exit_code == 0
-    assert run("train", "-c", "small.yaml", "log.name=parts", "train.max_seconds=1e-9").exit_code == 0
-    assert load_tree("runs/parts/latest.ckpt")[0]["progress"]["step"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "__call__", lambda self, info: info.step == 5)
+        assert run("train", "-c", "small.yaml", "log.name=parts").exit_code == 0
+    assert load_tree("runs/parts/latest.ckpt")[0]["progress"]["step"] == 5
     Path("runs/parts/latest.ckpt").unlink()  # only a second name
     result = run("train", "-c", "small.yaml", "log.name=parts", "--resume")
     assert result.exit_code == 0 and "going on from" in result.output
@@ -130,6 +133,76 @@ def test_a_folder_with_a_run_is_not_written_over(home):
     assert before == {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     result = run("train", "-c", "small.yaml", "model.n_layers=3", "--resume")
     assert result.exit_code == 2 and "n_layers=2" in result.output and "says 3" in result.output
+
+
+def test_settings_of_a_resumed_run_are_its_own(home):
+    assert run("train", "-c", "small.yaml", "train.steps=3").exit_code == 0
+    words = ["train.steps=5", "train.weight_decay=0.5", "train.lr=1e-5", "train.schedule=constant"]
+    assert run("train", "-c", "small.yaml", *words, "train.warmup_steps=0", "--resume").exit_code == 0
+    groups = load_tree("runs/small/latest.ckpt")[0]["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["lr"]) for group in groups] == [(0.5, 1e-5), (0.0, 1e-5)]
+
+
+def test_a_warmup_in_steps_keeps_its_length_when_the_clock_ends_the_run(home):
+    words = ["train.max_seconds=0.4", "train.steps=100000", "train.warmup_steps=50"]
+    assert run("train", "-c", "small.yaml", *words).exit_code == 0
+    rows = [row.split(",") for row in Path("runs/small/metrics.csv").read_text().splitlines()[1:]]
+    rates = [float(row[3]) for row in rows if row[3]]
+    assert rates[0] == pytest.approx(3e-3 * 0.5 / 50, rel=0.3), "the first step is at the foot of the warm-up"
+
+
+def test_what_does_not_belong_together(home):
+    for name, text in (
+        ("a", "To be, or not to be. " * 200),
+        ("b", "The quality of mercy is not strained. " * 200),
+    ):
+        Path(f"{name}.txt").write_text(text)
+        assert (
+            run("tokenize", "--dataset", f"{name}.txt", "--vocab-size", "270", "--out", name).exit_code == 0
+        )
+    words = [
+        "train",
+        "-c",
+        "small.yaml",
+        "data.dataset=a",
+        "model.vocab_size=280",
+        "log.prompt=To",
+        "train.steps=2",
+    ]
+    words += ["train.warmup_steps=0", "train.seq_len=8", "train.eval_windows=2"]
+    result = run(*words)
+    assert result.exit_code == 0, f"more rows than tokens is a warning: {result.output}"
+    wrong = run("eval", "--ckpt", "runs/small/latest.ckpt", "--data", "b")
+    assert wrong.exit_code == 2 and "another tokenizer" in wrong.output
+    wrong = run(*words, "data.val=b/val", "log.name=x")
+    assert wrong.exit_code == 2 and "another tokenizer" in wrong.output
+    wrong = run("train", "-c", "small.yaml", "data.val=x.tar", "log.name=x")
+    assert wrong.exit_code == 2 and "only stream" in wrong.output
+    for path in Path("runs/small").glob("step_*"):
+        path.unlink()
+    wrong = run(*words, "--resume")
+    assert wrong.exit_code == 2 and "latest.ckpt" in wrong.output
+
+
+def test_early_stopping_says_so(home):
+    result = run(
+        "train", "-c", "small.yaml", "train.lr=1e-9", "train.ema=null", "train.patience=1", "train.steps=100"
+    )
+    assert result.exit_code == 0 and "stopped early" in result.output
+    assert load_tree("runs/small/latest.ckpt")[0]["progress"]["step"] < 100
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks a folder")
+def test_one_run_at_a_time_in_a_folder(home):
+    import fcntl
+
+    Path("runs/small").mkdir(parents=True)
+    handle = os.open("runs/small", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    result = run("train", "-c", "small.yaml")
+    os.close(handle)
+    assert result.exit_code == 2 and "another process" in result.output
+    assert not list(Path("runs/small").iterdir())
 
 
 def test_dry_run_writes_nothing(home):

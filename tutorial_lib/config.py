@@ -47,7 +47,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     max_seconds: float | None = None
-    """Stop after so much training time, if that comes first."""
+    """Stop after so much training time, if that comes first; the schedule then ends with the time."""
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: str = "cosine"
@@ -292,13 +292,15 @@ def _check(config: Config) -> None:
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("train.optimizer", train.optimizer, KINDS)
     _one_of("train.attention", train.attention, KERNELS)
-    _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "deepspeed", "none"))
+    _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "deepspeed"))
     if isinstance(train.amp, str):
         _one_of("train.amp", train.amp, ("bf16", "fp16"))
     if train.zero_stage not in (1, 2, 3):
         raise ConfigError(f"train.zero_stage is {train.zero_stage}, but must be 1, 2 or 3")
     if not 0 < data.val_fraction < 1:
         raise ConfigError(f"data.val_fraction is {data.val_fraction}, but must lie between 0 and 1")
+    if log.trace_at is not None and log.trace_at < 3:
+        raise ConfigError(f"log.trace_at is {log.trace_at}, but the first step that can be traced is 3")
     if log.every < 1:
         raise ConfigError(f"log.every is {log.every}, but must be at least 1")
     if log.name is not None and (Path(log.name).name != log.name or log.name in ("", ".", "..")):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from tutorial_lib.config import ConfigError
 from tutorial_lib.data.corpora import CorpusError
@@ -60,6 +61,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return BAD_INPUT, text
     if isinstance(error, DivergedError):
         return FAILED, text
+    if isinstance(error, SafetensorError):  # it only writes here; what it cannot read is a CheckpointError
+        return FAILED, f"a checkpoint could not be written, the ones before it are whole: {text[:200]}"
     if isinstance(error, (CorpusError, ImportError, ValueError)):
         return BAD_INPUT, text
     if isinstance(error, OSError) and error.errno is None:  # one of our own sentences

@@ -11,6 +11,7 @@ import typer
 
 from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.data.source import Source, check_fits, open_source
+from tutorial_lib.data.tokenizers import NAMES, load_tokenizer, same_tokenizer
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.train.checkpoint import load_model
 from tutorial_lib.train.evaluate import evaluate as measure
@@ -66,6 +67,10 @@ def evaluate(
             raise ValueError(
                 f"the text's vocabulary of {source.tokenizer.vocab_size} does not fit the model's {model.config.vocab_size}"
             )
+        name = about.get("tokenizer", "byte")
+        if name in NAMES or (ckpt.parent / name).is_file():
+            if not same_tokenizer(load_tokenizer(name, ckpt.parent), source.tokenizer):
+                raise ValueError(f"{data or 'the text'} was written with another tokenizer than the model's")
         T = seq_len or about.get("run", {}).get("train", {}).get("seq_len") or model.config.max_seq_len
         if T < 1 or batch_size < 1:
             raise ValueError(f"--seq-len is {T} and --batch-size {batch_size}, but both must be at least 1")

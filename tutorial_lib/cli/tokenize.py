@@ -72,10 +72,15 @@ def tokenize(
         if out.exists() and any(out.iterdir()):
             raise ValueError(f"{out} is not empty: choose another folder")
         documents: list[bytes] = list(
-            documents_of(dataset, separator and separator.encode().decode("unicode_escape"))
+            documents_of(
+                dataset,
+                separator and separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
+            )
         )
         if clean:
             documents = cleaned(documents)
+        if not documents and clean:
+            raise ValueError("cleaning left no document: cut the text into documents with --separator")
         if not documents:
             raise ValueError(f"there is no text in {dataset}")
         if len(documents) == 1:  # one long text: its end

@@ -51,11 +51,13 @@ def train(
         return
     best = f", best validation loss {outcome.best:.4f}" if outcome.best < float("inf") else ""
     if outcome.last is None:
-        speak(f"{outcome.folder} has made all its {settings.train.steps} steps{best}")
+        speak(f"{outcome.folder} has nothing left to do: train.steps or train.max_seconds is reached{best}")
     else:
         speak(
             f"step {outcome.last.step} after {outcome.last.seconds:.0f} s{best}: {outcome.folder}/latest.ckpt"
         )
+    if outcome.stopped_early:
+        speak(f"stopped early: no gain in {settings.train.patience} evaluations (train.patience)")
     if outcome.stopped_by:
         speak("go on with --resume")
         raise typer.Exit(INTERRUPTED)

@@ -13,7 +13,14 @@ from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.data.shards import ShardedTokens
 from tutorial_lib.data.stream import ShuffledBatches
-from tutorial_lib.data.tokenizers import Tokenizer, encode_bytes, load_tokenizer, token_lengths
+from tutorial_lib.data.tokenizers import (
+    NAMES,
+    Tokenizer,
+    encode_bytes,
+    load_tokenizer,
+    same_tokenizer,
+    token_lengths,
+)
 from tutorial_lib.train.evaluate import split_train_val
 
 __all__ = ["Source", "open_source"]
@@ -87,7 +94,7 @@ def open_source(
         return _open_folder(folder, tokenizer, val, beside)
     name = tokenizer or "byte"
     known = load_tokenizer(name, beside)
-    if dataset.endswith(".tar") or dataset.endswith(".tar}"):
+    if _is_tar(dataset):
         if val is None:
             raise ValueError("tar files that stream in have no last tenth: name a text in data.val")
         return Source(known, name, None, _tokens(val, known, name, beside), dataset)
@@ -100,6 +107,10 @@ def open_source(
     return Source(
         known, name, encode_bytes(known, train_part.tobytes()), encode_bytes(known, val_part.tobytes())
     )
+
+
+def _is_tar(dataset: str) -> bool:
+    return dataset.endswith((".tar", ".tar}"))
 
 
 def _open_folder(folder: Path, tokenizer: str | None, val: str | None, beside: Path | None) -> Source:
@@ -117,12 +128,17 @@ def _open_folder(folder: Path, tokenizer: str | None, val: str | None, beside: P
 
 
 def _tokens(dataset: str, known: Tokenizer, name: str, beside: Path | None) -> np.ndarray | ShardedTokens:
+    if _is_tar(dataset):
+        raise ValueError(
+            f"{dataset} are tar files, which only stream: validate on a text or a folder of shards"
+        )
     if Path(dataset).is_dir():
         tokens = ShardedTokens(dataset)
-        if tokens.vocab_size != known.vocab_size:
-            raise ValueError(
-                f"{dataset} has a vocabulary of {tokens.vocab_size}, but {name} has {known.vocab_size}"
-            )
+        own = tokens.tokenizer or "byte"
+        at = next((p for p in (Path(dataset) / own, Path(dataset).parent / own) if p.is_file()), None)
+        theirs = load_tokenizer(str(at) if at else own, beside) if at or own in NAMES else None
+        if tokens.vocab_size != known.vocab_size or (theirs and not same_tokenizer(theirs, known)):
+            raise ValueError(f"{dataset} was written with another tokenizer than {name}")
         return tokens
     return encode_bytes(known, load_text(dataset))
 
@@ -131,5 +147,5 @@ def check_fits(tokens: Sequence[int] | np.ndarray | ShardedTokens, seq_len: int,
     """A ValueError if the tokens do not fill one window."""
     if len(tokens) < seq_len + 1:
         raise ValueError(
-            f"the text to {what} has {len(tokens):,} tokens, but train.seq_len {seq_len} needs {seq_len + 1}"
+            f"the text to {what} has {len(tokens):,} tokens, but a sequence length of {seq_len} needs {seq_len + 1}"
         )

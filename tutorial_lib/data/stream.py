@@ -88,8 +88,8 @@ class ShuffledBatches:
             ValueError: if the order was another one, since "sample k" would mean something else.
         """
         for name, mine in (("seed", self.seed), ("windows", len(self.windows))):
-            if state[name] != mine:
+            if state.get(name) != mine:
                 raise ValueError(
-                    f"the data do not go on where they stopped: {name} was {state[name]} and is {mine}"
+                    f"the data do not go on where they stopped: {name} was {state.get(name)} and is {mine}"
                 )
         self.seen = int(state["seen"])

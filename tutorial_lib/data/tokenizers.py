@@ -13,7 +13,7 @@ from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import fetch
 from tutorial_lib.data.tokenize import ByteTokenizer
 
-__all__ = ["NAMES", "Tokenizer", "encode_bytes", "load_tokenizer", "token_lengths"]
+__all__ = ["NAMES", "Tokenizer", "encode_bytes", "load_tokenizer", "same_tokenizer", "token_lengths"]
 
 NAMES = ("byte", "gpt2")
 """Those that need no file of yours."""
@@ -63,11 +63,18 @@ def load_tokenizer(name: str, beside: Path | None = None) -> Tokenizer:
     raise ValueError(f"there is no tokenizer {name!r}: {hint}")
 
 
+def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether both give every text the same ids."""
+    return type(a) is type(b) and all(
+        getattr(a, what, None) == getattr(b, what, None) for what in ("ranks", "pattern", "specials")
+    )
+
+
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
     """The ids of a text's bytes, in the smallest type that holds them; a broken character does no harm.
 
-    The text is cut where a new line begins with a letter, which no chunk of a BPE spans, so that only a piece is
-    ever a list of Python's numbers.
+    The text is cut where a line ends in a visible character and the next begins with a letter, which no chunk of
+    a BPE spans, so that only a piece is ever a list of Python's numbers.
     """
     kind = np.min_scalar_type(tokenizer.vocab_size - 1)
     if isinstance(tokenizer, ByteTokenizer):
@@ -86,7 +93,7 @@ def _pieces(data: bytes, size: int = 1 << 20) -> Iterator[bytes]:
             end = data.find(b"\n", end) + 1
             if end == 0:
                 end = len(data)
-            elif data[end - 2 : end - 1].isalnum() and data[end : end + 1].isalpha():
+            elif 33 <= data[end - 2] < 127 and data[end : end + 1].isalpha():
                 break
         yield data[start:end]
         start = end

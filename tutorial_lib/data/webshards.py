@@ -204,6 +204,10 @@ class TokenStream:
         Raises:
             ValueError: if the stream was made with other settings; `epochs` alone may differ.
         """
+        if "settings" not in state:
+            raise ValueError(
+                "the run has read another kind of data so far, and cannot go on with a stream of tar files"
+            )
         for name, value in self.settings.items():
             if name != "epochs" and (was := state["settings"].get(name)) != value:
                 raise ValueError(f"the state is of a stream with {name} {was}, and this one has {value}")

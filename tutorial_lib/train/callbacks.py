@@ -110,7 +110,9 @@ class Sample:
         length = self.evaluator.seq_len
         with self.trainer.precision.autocast():
             new = generate(model, ids, self.n, length, temperature=0.8, top_p=0.95, generator=generator)
-            self.text = self.tokenizer.decode([*ids[0].tolist(), *(int(t) for t in new)])
+            known = self.tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
+            written = [i for i in map(int, new) if i < known]
+        self.text = self.tokenizer.decode([*ids[0].tolist(), *written])
         self.logger.text(info.step, "sample", self.text)
 
 

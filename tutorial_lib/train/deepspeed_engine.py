@@ -150,8 +150,6 @@ class _Optimizer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        for mine, saved in zip(self.param_groups, state["param_groups"], strict=True):
-            mine.update({key: value for key, value in saved.items() if key != "params"})
         if not state["state"]:
             return
         self._make_moments()

@@ -6,6 +6,7 @@ runs/tiny/config.yaml  metrics.csv  tensorboard/  step_00001000.ckpt …  latest
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,9 @@ class Outcome:
     """None if there was nothing left to do."""
     val_loss: float | None
     best: float
+    """The lowest validation loss."""
+    stopped_early: bool
+    """Whether the validation loss ended it."""
     stopped_by: str | None
     """The signal that ended it, if one did."""
 
@@ -89,7 +93,7 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
     """
     console = console or Console(stderr=True)
     device = start(pick_device(config.train.device))
-    tell = console.print if is_main() else _silent
+    tell = partial(console.print, markup=False, soft_wrap=True) if is_main() else _silent
     train, log = config.train, config.log
     folder = Path(log.dir).expanduser() / (log.name or "run")
     checkpoints = CheckpointFolder(folder, train.keep_last, train.keep_best)
@@ -97,6 +101,12 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
         raise ConfigError(
             f"{folder} already holds a run ({checkpoints.files()[0].name}): "
             "add --resume to go on with it, or log.name=… to begin another"
+        )
+    names = [name for name in ("latest.ckpt", "best.ckpt") if (folder / name).is_file()]
+    if names and not checkpoints.files():
+        raise ConfigError(
+            f"{folder} has {names[0]} but no step_….ckpt, which a run goes on from: "
+            "rename it to step_00000000.ckpt, with its step, or choose another log.name"
         )
     source = _open(config, folder, tell)
     val_tokens = source.val
@@ -106,6 +116,7 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
     trainer, header = _trainer(config, source, device, tell)
 
     # From here on the folder is written to.
+    lock = _lock(folder) if is_main() else None
     found = checkpoints.newest(tell) if resume else None
     if resume:
         tell(f"going on from {found[2]}" if found else f"nothing to resume in {folder}: starting")
@@ -113,9 +124,12 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
     step = 0
     if found is not None:
         _check_same_model(found[1], header, found[2])
-        trainer.load_state_dict(found[0])
+        try:
+            trainer.load_state_dict(found[0])
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{found[2]}: {error}: has train.seed or the text changed?") from None
         step = trainer.step
-    logger = _loggers(config, folder, step if found else None)
+    logger = _loggers(config, folder, step if found else None, tell)
     try:
         rows = train.micro_batch_size or max(1, train.batch_size // world_size())
         evaluator = Evaluate(
@@ -152,8 +166,29 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
             trace.close()
     finally:
         logger.close()
+        if lock is not None:
+            os.close(lock)
     loss = None if evaluator.last is None else evaluator.last.loss
-    return Outcome(folder, last, loss, evaluator.stopping.best, stop.asked)
+    early = last is not None and last.progress < 1 and stop.asked is None
+    return Outcome(folder, last, loss, evaluator.stopping.best, early, stop.asked)
+
+
+def _lock(folder: Path) -> int | None:
+    """Keep other runs out of the folder until the handle is closed, or this process is gone."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself is locked: no file to be left behind
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(f"another process is training in {folder}: choose another log.name") from None
+    except OSError:  # a disk that knows no locks
+        pass
+    return handle
 
 
 def _silent(*_: object) -> None:
@@ -235,6 +270,10 @@ def _trainer(config: Config, source: Source, device: torch.device, tell) -> tupl
         stage, dtype = train.zero_stage, precision.dtype
         return deepspeed_trainer(model, optimizer, batches, train.steps, stage, dtype, **more), header
     trainer = Trainer(wrapped, optimizer, batches, train.steps, precision=precision, ema=train.ema, **more)
+    if train.max_seconds is not None and train.warmup_steps:
+        # The clock says how far the run is, but a warm-up of 100 steps has 100 steps.
+        shape = partial(SCHEDULES[train.schedule], warmup=0.0, floor=train.lr_floor)
+        trainer.schedule = lambda done: min(1.0, (trainer.step + 0.5) / train.warmup_steps) * shape(done)
     return trainer, header
 
 
@@ -254,13 +293,16 @@ def _check_same_model(found: dict[str, str], own: dict[str, str], path: Path) ->
             )
 
 
-def _loggers(config: Config, folder: Path, resume_step: int | None) -> Logger:
+def _loggers(config: Config, folder: Path, resume_step: int | None, tell) -> Logger:
     if not is_main():
         return Logger()
     log = config.log
     loggers: list[Logger] = [CSVLogger(folder / "metrics.csv", resume_step)]
     if log.tensorboard:
-        loggers.append(TensorBoardLogger(folder / "tensorboard", resume_step))
+        try:
+            loggers.append(TensorBoardLogger(folder / "tensorboard", resume_step))
+        except ImportError as error:  # it is on by default, and not everybody has it
+            tell(f"{error}; metrics.csv is written in any case")
     if log.wandb:
         loggers.append(WandbLogger(folder, log.project, folder.name, config.as_dict(), resume_step))
     return Loggers(loggers)

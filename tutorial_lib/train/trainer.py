@@ -174,4 +174,9 @@ class Trainer:
             i: {name: shard_like(value, parameters[i]) for name, value in entry.items()}
             for i, entry in state["state"].items()
         }
+        settings = [
+            {k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+        for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(mine)  # the moments are the old run's; rates and decay are this one's

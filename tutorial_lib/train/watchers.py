@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from tutorial_lib.train.distributed import whole
 from tutorial_lib.train.loggers import Logger
 from tutorial_lib.train.loop import StepInfo
 
@@ -56,12 +57,12 @@ class LogWeights:
         if info.step % self.every == 0:
             ratios = {}
             for name, matrix in self.matrices.items():
-                self.logger.histogram(info.step, f"weights/{name}", matrix)
+                self.logger.histogram(info.step, f"weights/{name}", whole(matrix))
                 if matrix.grad is not None:
-                    self.logger.histogram(info.step, f"gradients/{name}", matrix.grad)
+                    self.logger.histogram(info.step, f"gradients/{name}", whole(matrix.grad))
                 if name in self._before:
                     old = self._before[name]
-                    ratios[f"update_ratio/{name}"] = ((matrix - old).norm() / old.norm()).item()
+                    ratios[f"update_ratio/{name}"] = (whole((matrix - old).norm()) / whole(old.norm())).item()
             if ratios:
                 self.logger.scalars(info.step, ratios)
         next_is_logged = (info.step + 1) % self.every == 0
