@@ -42,7 +42,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  $(if $(TORCH_BACKEND),--torch-backend=$(TORCH_BACKEND)) -r requirements.txt
 	@$(BIN)/uv pip install --quiet --python $(PY) --no-deps --editable .
 	@# Compiled once here, and not by every process that may not write beside it: importing torch is twice as fast.
-	@$(PY) -m compileall -q -j 0 $$($(PY) -c 'import site; print(site.getsitepackages()[0])')/{torch,numpy,matplotlib,IPython} || true
+	@$(PY) -m compileall -q -j 0 $$($(PY) -c 'import site; print(site.getsitepackages()[0])')/{torch,numpy,matplotlib,IPython} >/dev/null 2>&1 || true
 	@# nbgrader is here for one preprocessor; its menu in JupyterLab would only puzzle a learner.
 	@mkdir -p $(VENV)/etc/jupyter/labconfig
 	@echo '{"disabledExtensions": {"@jupyter/nbgrader": true}}' > $(VENV)/etc/jupyter/labconfig/page_config.json

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from tutorial_lib.cli.main import app
 from tutorial_lib.config import ConfigError, load_config
+from tutorial_lib.data.webshards import write_tar_shards
 from tutorial_lib.train.callbacks import Stop
 from tutorial_lib.train.checkpoint import load_model
 from tutorial_lib.train.checkpoints import load_tree
@@ -184,6 +185,26 @@ def test_what_does_not_belong_together(home):
     assert wrong.exit_code == 2 and "latest.ckpt" in wrong.output
 
 
+def test_tar_files_stream_in_and_a_run_goes_on_in_them(home):
+    write_tar_shards(
+        [f"Scene {n}. To be, or not to be, that is the question." for n in range(60)], "tars", 20
+    )
+    assert (
+        run("tokenize", "--dataset", "data/tiny_text/a.txt", "--vocab-size", "270", "--out", "bpe").exit_code
+        == 0
+    )
+    data = ["data.dataset=tars/*.tar", "data.tokenizer=bpe/tokenizer.json", "data.val=data/tiny_text/b.txt"]
+    words = ["train", "-c", "small.yaml", *data, "model.vocab_size=270", "train.steps=4"]
+    assert run(*words).exit_code == 0
+    result = run(*words, "train.steps=6", "--resume")
+    assert result.exit_code == 0 and load_tree("runs/small/latest.ckpt")[0]["progress"]["step"] == 6, (
+        result.output
+    )
+    assert run("eval", "--ckpt", "runs/small/latest.ckpt", "--max-windows", "2").exit_code == 0
+    wrong = run("eval", "--ckpt", "runs/small/latest.ckpt", "--split", "train")
+    assert wrong.exit_code == 2 and "streams in" in wrong.output
+
+
 def test_early_stopping_says_so(home):
     result = run(
         "train", "-c", "small.yaml", "train.lr=1e-9", "train.ema=null", "train.patience=1", "train.steps=100"
@@ -211,6 +232,13 @@ def test_dry_run_writes_nothing(home):
     assert result.exit_code == 0 and files(home) == before
     for word in ("parameters: total", "FLOPs per token", "memory: total", "tokens/s", "time"):
         assert word in result.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train", "eval", "generate", "tokenize", "fetch", "main"])
+def test_every_command_is_a_module_too(home, name):
+    result = shell(f"tutorial_lib.cli.{name}", "--help", cwd=home)
+    assert result.returncode == 0 and "Usage" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["tiny", "base"])

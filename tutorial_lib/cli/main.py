@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from tutorial_lib.cli.evaluate import evaluate
+from tutorial_lib.cli.eval import evaluate
 from tutorial_lib.cli.fetch import fetch
 from tutorial_lib.cli.generate import generate
 from tutorial_lib.cli.tokenize import tokenize
