@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -24,143 +24,15 @@ from yaml import YAMLError
 
 from tutorial_lib.core.kernels import KERNELS
 from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.settings import TABLES, Config, ModelTable
 from tutorial_lib.train.optimizers import KINDS
 from tutorial_lib.train.schedules import SCHEDULES
 
-__all__ = ["Config", "ConfigError", "DataConfig", "LogConfig", "TrainConfig", "load_config", "model_config"]
+__all__ = ["Config", "ConfigError", "load_config", "model_config"]
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message is one sentence."""
-
-
-@dataclass
-class TrainConfig:
-    """How to train. The learning rate's schedule is that of lesson 4.3, precision that of 4.2."""
-
-    batch_size: int = 32
-    """Sequences in an optimizer step, over all processes together."""
-    micro_batch_size: int | None = None
-    """Sequences that a device works on at once; the batch is accumulated from them. None: as many as it has to."""
-    seq_len: int = 256
-    """Tokens in a sequence."""
-    steps: int = 1000
-    """Optimizer steps."""
-    max_seconds: float | None = None
-    """Stop after so much training time, if that comes first; the schedule then ends with the time."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    schedule: str = "cosine"
-    """`cosine`, `linear`, `wsd` or `constant`."""
-    warmup_steps: int = 100
-    """Steps spent rising to the peak."""
-    lr_floor: float = 0.1
-    """The factor on the peak at the end."""
-    optimizer: str = "adamw"
-    """`adamw`, or `muon` for the matrices in the blocks with AdamW for the rest."""
-    matrix_lr: float | None = None
-    """Muon's peak rate; `lr` when None."""
-    momentum: float = 0.95
-    """Muon's memory."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's memory for the gradient and for its square."""
-    weight_decay: float = 0.1
-    """Pull of the matrices towards zero."""
-    grad_clip: float | None = 1.0
-    """The largest gradient norm that is let through; None for all."""
-    amp: bool | str = False
-    """Mixed precision: true for what suits the device, or `bf16` or `fp16`."""
-    ema: float | None = None
-    """Decay of an average of the weights that is kept, evaluated and saved as well (0.999, say)."""
-    compile: bool = False
-    """Whether torch.compile goes over the model first."""
-    activation_checkpointing: bool = False
-    """Whether blocks are computed again in backward, to save memory."""
-    attention: str = "auto"
-    """The attention kernel (lesson 4.6)."""
-    parallel: str = "ddp"
-    """`ddp`, `fsdp` or `deepspeed`, where torchrun starts several processes."""
-    zero_stage: int = 2
-    """DeepSpeed's: 2 cuts gradients and moments among the processes, 3 the weights, too."""
-    device: str | None = None
-    """`cpu`, `cuda`, `mps`; the best one there is when None."""
-    seed: int = 0
-    """Of the weights, the order of the data, and dropout."""
-    eval_every: int = 250
-    """Steps between two looks at the validation text."""
-    eval_windows: int | None = 256
-    """Sequences that are looked at, spread over the text; None for all of it."""
-    patience: int | None = None
-    """Stop after so many evaluations in a row without a gain."""
-    save_every: int = 250
-    """Steps between two checkpoints."""
-    keep_last: int = 2
-    """Newest checkpoints that stay."""
-    keep_best: int = 3
-    """Of the others, those with the lowest validation loss that stay."""
-
-
-@dataclass
-class DataConfig:
-    """What to train on."""
-
-    dataset: str = "shakespeare"
-    """A corpus of ours, a pattern of text files, a folder of `llm-scratch tokenize`, or a pattern of tar files."""
-    val: str | None = None
-    """Another such text to validate on. None: the last tenth (a folder has its own)."""
-    val_fraction: float = 0.1
-    """How much the last tenth is."""
-    tokenizer: str | None = None
-    """`byte`, `gpt2`, or the path of a vocabulary of ours. None: the folder's own, or bytes."""
-
-
-@dataclass
-class LogConfig:
-    """What to write down, and where."""
-
-    dir: str = "runs"
-    """Runs go to folders in this one."""
-    name: str | None = None
-    """The run's folder; the configuration file's name when None."""
-    every: int = 10
-    """Steps between two rows of the log."""
-    tensorboard: bool = True
-    """Also write TensorBoard's event files."""
-    wandb: bool = False
-    """Also log to Weights & Biases; offline without a key or network."""
-    project: str = "llm-scratch"
-    """Its name there."""
-    histograms: bool = False
-    """Also log histograms of weights and gradients, at each evaluation."""
-    prompt: str | None = None
-    """At each evaluation, write down how the model continues this."""
-    trace_at: int | None = None
-    """Record a profiler trace of three steps from this one on."""
-
-
-# ModelConfig itself, but for two types that OmegaConf does not know.
-_LOOSE = {"window": Any, "rope_scaling": Any}
-_hints = get_type_hints(ModelConfig)
-_ModelTable = make_dataclass(
-    "ModelTable", [(f.name, _LOOSE.get(f.name, _hints[f.name]), f.default) for f in fields(ModelConfig)]
-)
-
-
-@dataclass
-class Config:
-    """A run."""
-
-    model: Any = field(default_factory=_ModelTable)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dicts and values, for a file or a log."""
-        return asdict(self)
-
-
-_TABLES = {"model": _ModelTable, "train": TrainConfig, "data": DataConfig, "log": LogConfig}
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -170,12 +42,12 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         ConfigError: whatever is wrong, in one sentence.
     """
     given = _read(Path(path)) if path is not None else OmegaConf.create({})
-    known = {f"{table}.{f.name}": f for table, kind in _TABLES.items() for f in fields(kind)}
+    known = {f"{table}.{f.name}": f for table, kind in TABLES.items() for f in fields(kind)}
     for where, table in [(str(path), given), *((override, _override(override)) for override in overrides)]:
         for key in _keys(table):
-            if key not in known and key not in _TABLES:
+            if key not in known and key not in TABLES:
                 raise ConfigError(_unknown(key, known, where))
-            if key in _TABLES and not isinstance(table._get_node(key), DictConfig):
+            if key in TABLES and not isinstance(table._get_node(key), DictConfig):
                 raise ConfigError(f"{where}: {key} must be a table of settings, such as {key}.{_first(key)}")
         try:
             given = OmegaConf.merge(given, table)
@@ -183,7 +55,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
             raise ConfigError(f"{where}: {_first_line(error)}") from None
     try:
         merged = OmegaConf.merge(
-            OmegaConf.structured(Config), {"model": OmegaConf.structured(_ModelTable)}, given
+            OmegaConf.structured(Config), {"model": OmegaConf.structured(ModelTable)}, given
         )
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -212,7 +84,7 @@ def _read(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from None
     if not isinstance(given, DictConfig):
-        raise ConfigError(f"{path} is not a table of {', '.join(_TABLES)}")
+        raise ConfigError(f"{path} is not a table of {', '.join(TABLES)}")
     return given
 
 
@@ -231,7 +103,7 @@ def _keys(table: DictConfig, prefix: str = "") -> Iterator[str]:
     for key in table:
         inside = table._get_node(key)
         if isinstance(inside, DictConfig) and not prefix and len(inside):
-            if key in _TABLES:
+            if key in TABLES:
                 yield key
             yield from _keys(inside, f"{key}.")
         else:
@@ -239,11 +111,11 @@ def _keys(table: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _first(table: str) -> str:
-    return fields(_TABLES[table])[0].name
+    return fields(TABLES[table])[0].name
 
 
 def _unknown(key: str, known: dict[str, Any], where: str) -> str:
-    candidates = [*known, *_TABLES]
+    candidates = [*known, *TABLES]
     last = key.rpartition(".")[2]
     same = [name for name in candidates if name.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
@@ -253,7 +125,7 @@ def _unknown(key: str, known: dict[str, Any], where: str) -> str:
 def _mistyped(error: OmegaConfBaseException, given: DictConfig) -> str:
     table, _, name = (error.full_key or "").partition(".")
     name = name.partition("[")[0].partition(".")[0]
-    hint = get_type_hints(_TABLES[table]).get(name) if table in _TABLES else None
+    hint = get_type_hints(TABLES[table]).get(name) if table in TABLES else None
     if hint is None or "nterpolation" in f"{type(error).__name__} {error}":
         return f"{error.full_key or 'the configuration'}: {_first_line(error)}"
     kind = hint.__name__ if isinstance(hint, type) else str(hint)
@@ -351,6 +223,3 @@ def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), [*choices], n=1, cutoff=0.0)
         raise ConfigError(f"{name} is {value!r}: did you mean {near[0]!r}? There are {', '.join(choices)}")
-
-
-assert all(f.default is not MISSING for f in fields(ModelConfig)), "every model setting has a default"
