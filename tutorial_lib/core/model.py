@@ -278,7 +278,7 @@ class Transformer(nn.Module):
                 more than its sinks and its window, however long the text.
         """
         max_len = self.config.max_seq_len if max_len is None else max_len
-        weight = self.tokens.weight
+        weight = self.norm.weight  # never quantized, unlike the table of tokens
         cache: list[KVCache] = []
         for layer, block in enumerate(self.blocks):
             window, sinks, attn = self.config.window_of(layer), self.config.sinks, block.attn

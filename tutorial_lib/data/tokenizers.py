@@ -3,57 +3,56 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from tutorial_lib.data.adapters import HuggingFaceTokenizer
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import fetch
+from tutorial_lib.data.protocol import Tokenizer, token_bytes
 from tutorial_lib.data.tokenize import ByteTokenizer
+from tutorial_lib.interop.gguf_file import GGUFFile
+from tutorial_lib.interop.gguf_vocabulary import read_vocabulary
 
-__all__ = ["NAMES", "Tokenizer", "encode_bytes", "load_tokenizer", "same_tokenizer", "token_lengths"]
+__all__ = [
+    "NAMES",
+    "Tokenizer",
+    "encode_bytes",
+    "load_tokenizer",
+    "same_tokenizer",
+    "token_lengths",
+]
 
-NAMES = ("byte", "gpt2")
+NAMES = ("byte", "gpt2", "smollm2")
 """Those that need no file of yours."""
 
 
-class Tokenizer(Protocol):
-    """What training and writing ask of a tokenizer."""
-
-    specials: dict[str, int]
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    def encode(self, text: str, allow_specials: bool = False) -> list[int]: ...
-
-    def decode(self, ids: Iterable[int]) -> str: ...
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]: ...
-
-
 def load_tokenizer(name: str, beside: Path | None = None) -> Tokenizer:
-    """`byte`, `gpt2` (fetched once), or the path of a vocabulary that `llm-scratch tokenize` wrote.
+    """A tokenizer by its name, or from a file.
 
     Args:
+        name: `byte`; `gpt2` or `smollm2` (fetched once); the path of a vocabulary that `llm-scratch tokenize`
+            wrote, of a Hugging Face `tokenizer.json`, of a folder with one, or of a GGUF file.
         beside: A folder in which a relative path is looked for first: a checkpoint's, say.
 
     Raises:
         ValueError: if there is no such tokenizer, or the file is no vocabulary.
-        CorpusError: if GPT-2's merges cannot be fetched.
+        CorpusError: if it cannot be fetched.
     """
     if name == "byte":
         return ByteTokenizer()
     if name == "gpt2":
         return BPETokenizer.from_gpt2(fetch("gpt2").read_text(encoding="utf-8"))
-    for path in ([beside / name] if beside else []) + [Path(name)]:
+    if name == "smollm2":
+        return _from_file(fetch("smollm2"))
+    for path in ([beside / name] if beside else []) + [Path(name).expanduser()]:
+        if (path / "tokenizer.json").is_file():
+            path = path / "tokenizer.json"
         if path.is_file():
-            return BPETokenizer.load(path)
+            return _from_file(path)
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.6)
     hint = (
         f"did you mean {near[0]!r}?"
@@ -63,15 +62,27 @@ def load_tokenizer(name: str, beside: Path | None = None) -> Tokenizer:
     raise ValueError(f"there is no tokenizer {name!r}: {hint}")
 
 
+def _from_file(path: Path) -> Tokenizer:
+    if path.suffix == ".gguf":
+        return read_vocabulary(GGUFFile(path))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None  # the loader below says it better
+    if isinstance(content, dict) and "added_tokens" in content:
+        return HuggingFaceTokenizer.load(path)
+    return BPETokenizer.load(path)
+
+
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether both give every text the same ids."""
     return type(a) is type(b) and all(
-        getattr(a, what, None) == getattr(b, what, None) for what in ("ranks", "pattern", "specials")
+        getattr(a, what, None) == getattr(b, what, None) for what in ("ranks", "pattern", "specials", "rules")
     )
 
 
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
-    """The ids of a text's bytes, in the smallest type that holds them; a broken character does no harm.
+    """The ids of a text's bytes, in the smallest type that holds them; a broken character does no harm to ours.
 
     The text is cut where a line ends in a visible character and the next begins with a letter, which no chunk of
     a BPE spans, so that only a piece is ever a list of Python's numbers.
@@ -79,7 +90,6 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
     kind = np.min_scalar_type(tokenizer.vocab_size - 1)
     if isinstance(tokenizer, ByteTokenizer):
         return np.frombuffer(data, np.uint8).astype(kind, copy=False)
-    assert isinstance(tokenizer, BPETokenizer)
     return np.concatenate(
         [np.array(tokenizer.encode_bytes(piece), kind) for piece in _pieces(data)] or [np.empty(0, kind)]
     )
@@ -102,10 +112,9 @@ def _pieces(data: bytes, size: int = 1 << 20) -> Iterator[bytes]:
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """How many bytes of text each id stands for; specials stand for none. Bits per byte need it."""
     lengths = np.zeros(tokenizer.vocab_size, np.int64)
-    if isinstance(tokenizer, ByteTokenizer):
-        lengths[:256] = 1
-    else:
-        assert isinstance(tokenizer, BPETokenizer)
-        for token, i in tokenizer.ranks.items():
-            lengths[i] = len(token)
+    for i in set(range(tokenizer.vocab_size)) - set(tokenizer.specials.values()):
+        try:
+            lengths[i] = len(token_bytes(tokenizer, i))
+        except ValueError:
+            pass  # a gap in somebody's vocabulary
     return lengths

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tutorial_lib.core.sampler import generate
-from tutorial_lib.data.tokenizers import Tokenizer
+from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.train.checkpoints import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main
 from tutorial_lib.train.evaluate import EarlyStopping, Evaluation, evaluate

@@ -1,0 +1,253 @@
+"""Tokenizers of others, Hugging Face's and tiktoken's, with the manners of our own."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tutorial_lib.data.bpe import BPETokenizer
+from tutorial_lib.data.bpe_formats import gpt2_characters
+from tutorial_lib.data.bpe_merges import GPT2_PATTERN
+from tutorial_lib.data.tokenize import ByteTokenizer
+from tutorial_lib.files import write_text
+
+if TYPE_CHECKING:
+    import tiktoken
+    import tokenizers
+
+__all__ = ["HuggingFaceTokenizer", "TiktokenTokenizer", "as_huggingface", "read_tokenizer_config"]
+
+
+class _ByBytes:
+    """What follows from knowing the bytes of each token."""
+
+    specials: dict[str, int]
+
+    def token_bytes(self, i: int) -> bytes:
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, exactly; specials by their names. A ValueError at an id outside the vocabulary."""
+        return b"".join(self.token_bytes(int(i)) for i in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Bytes that are not UTF-8 (a model may write them) become U+FFFD, �."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decode as ids arrive, holding back the bytes of an unfinished character."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            if piece := decoder.decode(self.token_bytes(int(i))):
+                yield piece
+        if tail := decoder.decode(b"", final=True):
+            yield tail
+
+
+class HuggingFaceTokenizer(_ByBytes):
+    """A `tokenizers.Tokenizer`: byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM), or SentencePiece's BPE with bytes to
+    fall back on (Llama 2, Mistral).
+
+    Args:
+        tokenizer: Its rules, names and merges.
+        eos: The name of the token that ends a text or an answer; None looks for one of the usual names.
+        bos: The name of the token that a text begins with, for those who want it.
+
+    Raises:
+        ValueError: if it decodes in a way that is not known, or has no token of that name.
+    """
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, eos: str | None = None, bos: str | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.rules = json.loads(tokenizer.to_str())
+        self.specials = {t["content"]: t["id"] for t in self.rules["added_tokens"] if t["special"]}
+        for name in (eos, bos):
+            if name is not None and tokenizer.token_to_id(name) is None:
+                raise ValueError(f"the tokenizer has no token {name!r}")
+        usual = ("<|eos|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
+        self.eos = eos or next((name for name in usual if name in self.specials), None)
+        self.bos = bos
+        self._bytes = self._all_bytes()
+
+    @classmethod
+    def load(cls, path: str | Path) -> HuggingFaceTokenizer:
+        """From a `tokenizer.json`; what ends a text is in a `tokenizer_config.json` beside it.
+
+        Raises:
+            ValueError: if it is no such file.
+        """
+        path = Path(path)
+        try:
+            import tokenizers
+        except ImportError:
+            raise ImportError(
+                f"{path} needs the package tokenizers: pip install 'llm-from-scratch[interop]'"
+            ) from None
+        try:
+            known = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more specific
+            raise ValueError(
+                f"{path} is no tokenizer.json that the package tokenizers reads: {error}"
+            ) from None
+        about = read_tokenizer_config(path.parent)
+        try:
+            return cls(known, _name(about.get("eos_token")), _name(about.get("bos_token")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path, chat_template: str | None = None) -> None:
+        """Write `tokenizer.json`, and beside it `tokenizer_config.json`, as Hugging Face's models have them."""
+        path = Path(path)
+        write_text(path, self.tokenizer.to_str(pretty=True) + "\n")
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.eos, "bos_token": self.bos}
+        about |= {"chat_template": chat_template, "clean_up_tokenization_spaces": False}
+        about = {key: value for key, value in about.items() if value is not None}
+        write_text(path.with_name("tokenizer_config.json"), json.dumps(about, indent=2) + "\n")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self._bytes) + 1
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the token that ends a text."""
+        return None if self.eos is None else self.tokenizer.token_to_id(self.eos)
+
+    def encode(self, text: str, allow_specials: bool = False) -> list[int]:
+        """The ids of `text`, as in `ByteTokenizer.encode`; nothing is put before or after it."""
+        text.encode("utf-8")  # half a surrogate pair: say so here
+        self.tokenizer.encode_special_tokens = (
+            not allow_specials
+        )  # its name is misleading: True keeps them text
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of a text's bytes.
+
+        Raises:
+            UnicodeDecodeError: if they are not UTF-8, which these tokenizers cannot take.
+        """
+        return self.encode(data.decode("utf-8"))
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that a token stands for."""
+        if (token := self._bytes.get(i)) is None:
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}")
+        return token
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HuggingFaceTokenizer) and self.rules == other.rules
+
+    __hash__ = object.__hash__
+
+    def _all_bytes(self) -> dict[int, bytes]:
+        decoders = self.rules["decoder"] or {}
+        steps = [step["type"] for step in decoders.get("decoders", [decoders])]
+        if "ByteLevel" in steps:
+            byte_of = {character: byte for byte, character in gpt2_characters().items()}
+            spell = lambda token: bytes(byte_of[c] for c in token)  # noqa: E731
+        elif "ByteFallback" in steps:
+            spell = _sentencepiece
+        else:
+            raise ValueError(
+                f"its decoder {steps} is not known: byte-level BPE and SentencePiece's with bytes are"
+            )
+        vocab = self.tokenizer.get_vocab(with_added_tokens=False)
+        added = {t["id"]: t["content"].encode("utf-8") for t in self.rules["added_tokens"]}
+        try:
+            return {i: spell(token) for token, i in vocab.items() if i not in added} | added
+        except KeyError as error:
+            raise ValueError(f"a token has the character {error}, which stands for no byte") from None
+
+
+def _sentencepiece(token: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode("utf-8")
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """What `tokenizer_config.json` in a folder says; nothing if there is none.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return about
+
+
+def _name(token: Any) -> str | None:
+    """A token's name, as it stands in such a file: a text, or an object with its content."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+class TiktokenTokenizer(_ByBytes):
+    """A `tiktoken.Encoding`, OpenAI's: `TiktokenTokenizer(tiktoken.get_encoding("cl100k_base"))`."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        self.encoding = encoding
+        self.specials = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self.encoding.n_vocab
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the token that ends a text."""
+        return self.specials.get("<|endoftext|>", self.specials.get("<|eos|>"))
+
+    def encode(self, text: str, allow_specials: bool = False) -> list[int]:
+        """The ids of `text`, as in `ByteTokenizer.encode`."""
+        text.encode("utf-8")
+        if allow_specials:
+            return self.encoding.encode(text, allowed_special="all")
+        return self.encoding.encode_ordinary(text)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """The ids of a text's bytes, which must be UTF-8."""
+        return self.encode(data.decode("utf-8"))
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that a token stands for."""
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except (KeyError, OverflowError):
+            raise ValueError(f"token id {i} is outside the vocabulary of {self.vocab_size}") from None
+
+
+def as_huggingface(tokenizer: Any) -> HuggingFaceTokenizer:
+    """Any of our tokenizers in Hugging Face's words.
+
+    Raises:
+        ValueError: if it cannot be said in them.
+    """
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer
+    if isinstance(tokenizer, ByteTokenizer):  # BPE without merges
+        tokenizer = BPETokenizer({bytes([b]): b for b in range(256)}, list(tokenizer.specials))
+    if not isinstance(tokenizer, BPETokenizer):
+        raise ValueError(f"a {type(tokenizer).__name__} has no form in Hugging Face's tokenizers")
+    theirs = tokenizer.to_huggingface()
+    if tokenizer.pattern == GPT2_PATTERN:  # they have a name for it, and llama.cpp, too
+        from tokenizers import pre_tokenizers
+
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    eos = next((name for name, i in tokenizer.specials.items() if i == tokenizer.eos_id), None)
+    return HuggingFaceTokenizer(theirs, eos)

@@ -1,0 +1,49 @@
+"""Which public family of models a configuration of ours belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tutorial_lib.core.model import ModelConfig
+from tutorial_lib.interop.weights import WeightsError
+
+__all__ = ["FAMILIES", "family"]
+
+FAMILIES = ("gpt2", "llama", "mistral", "qwen3")
+
+
+def family(config: ModelConfig) -> str:
+    """`gpt2`, `llama`, `mistral` or `qwen3`: whose code computes the same function.
+
+    Raises:
+        WeightsError: if none does; it names the field that is in the way.
+    """
+    gpt2 = config.norm == "layernorm"
+    wanted: dict[str, Any] = {"norm": config.norm, "logit_soft_cap": None, "sinks": 0}
+    if gpt2:
+        wanted |= {"mlp": "gelu_tanh", "rope": False, "positions": "learned", "bias": True, "qk_norm": False}
+        wanted |= {"window": None, "n_kv_heads": config.n_heads, "d_head": config.d_model // config.n_heads}
+    else:
+        wanted |= {"mlp": "swiglu", "rope": True, "positions": "none"}
+    ours = {
+        "positions": "none" if config.rope else "learned",
+        "n_kv_heads": config.n_heads,
+        "d_head": config.d_model // config.n_heads,
+    }
+    for name, value in wanted.items():
+        found = getattr(config, name)
+        found = ours.get(name) if found is None else found
+        if found != value:
+            kind = "with LayerNorm (GPT-2's)" if gpt2 else "with RMSNorm (Llama's, Mistral's, Qwen3's)"
+            raise WeightsError(f"no public family {kind} has {name}={found!r}: it would have to be {value!r}")
+    if gpt2:
+        return "gpt2"
+    if config.rope_scaling is not None and config.rope_scaling.kind == "ntk":
+        raise WeightsError("no public family has rope_scaling 'ntk' as we compute it: use linear or llama3")
+    if isinstance(config.window, tuple) and not config.qk_norm:
+        raise WeightsError(
+            "only Qwen3 has layers with different windows, and it has qk_norm, which this model has not"
+        )
+    if config.bias and (config.qk_norm or config.window is not None):
+        raise WeightsError("of the families with RMSNorm only Llama can have biases: no qk_norm, no window")
+    return "qwen3" if config.qk_norm else "mistral" if config.window is not None else "llama"

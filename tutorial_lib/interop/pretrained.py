@@ -1,0 +1,168 @@
+"""A model by its name, whatever it is written in, with all that it takes to talk to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutorial_lib.core.gpt import GPT
+from tutorial_lib.core.model import Transformer
+from tutorial_lib.data.adapters import HuggingFaceTokenizer, read_tokenizer_config
+from tutorial_lib.data.corpora import MODELS, fetch
+from tutorial_lib.data.tokenizers import Tokenizer, load_tokenizer
+from tutorial_lib.interop.gguf import gguf_tokenizer, load_gguf
+from tutorial_lib.interop.gguf_file import GGUFFile
+from tutorial_lib.interop.hf import load_hf, read_json
+from tutorial_lib.interop.hub import download, looks_like_hub_id
+from tutorial_lib.interop.weights import WeightsError, put
+from tutorial_lib.quant.int8 import put_int8, to_int8
+from tutorial_lib.serve.template import PLAIN, ChatTemplate
+from tutorial_lib.train.checkpoint import load_model
+
+__all__ = ["DTYPES", "Pretrained", "open_pretrained"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
+"""What weights are kept in. With int8, the matrices are, and what flows between them is fp32."""
+
+
+@dataclass
+class Pretrained:
+    """A model and its manners."""
+
+    model: Transformer | GPT
+    tokenizer: Tokenizer
+    tokenizer_name: str
+    """As `load_tokenizer` wants it."""
+    template: ChatTemplate
+    """How it was taught to chat; a plain script if it was not."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end an answer."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint of ours says about itself."""
+    folder: Path = Path()
+    """Where it was found."""
+
+
+def open_pretrained(
+    name: str | Path, dtype: str = "fp32", device: torch.device | str = "cpu", ema: bool = True
+) -> Pretrained:
+    """Load a model.
+
+    Args:
+        name: `smollm2`; a GGUF file; a folder with a Hugging Face checkpoint; a checkpoint of ours; or
+            `owner/model` on the Hugging Face hub.
+        dtype: `fp32`, `bf16`, `fp16` or `int8`.
+        device: Where.
+        ema: Of a checkpoint of ours, the average of the weights, if it has one.
+
+    Raises:
+        WeightsError, CheckpointError, CorpusError, ValueError: if it cannot be had, or is not what it should be.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    name = str(name)
+    path = fetch(name) if name in MODELS else Path(name).expanduser()
+    how = {"dtype": DTYPES[dtype], "device": device, "put": put_int8 if dtype == "int8" else put}
+    if path.is_dir() or (path.suffix == "" and not path.exists() and looks_like_hub_id(name)):
+        return _folder(path if path.is_dir() else download(name), how)
+    if path.suffix == ".gguf":
+        return _gguf(path, how)
+    if path.suffix in (".bin", ".pt", ".pth", ".pkl"):
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is read: only safetensors and GGUF are"
+        )
+    if path.suffix == ".safetensors":
+        raise WeightsError(f"{path} has only numbers: give the folder that has its config.json, too")
+    if not path.exists() and path.suffix != ".ckpt":
+        known = ", ".join(MODELS)
+        raise WeightsError(
+            f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
+            "owner/model"
+        )
+    return _checkpoint(path, dtype, device, ema)
+
+
+def _gguf(path: Path, how: dict[str, Any]) -> Pretrained:
+    file = GGUFFile(path)
+    tokenizer = gguf_tokenizer(file)
+    source = file.metadata.get("tokenizer.chat_template")
+    return _ready(load_gguf(file, **how), tokenizer, str(path), source, None, path.parent)
+
+
+def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
+    if not (folder / "config.json").is_file():
+        raise WeightsError(
+            f"{folder} has no config.json: a Hugging Face checkpoint has, a run of ours is its .ckpt file"
+        )
+    tokenizer = load_tokenizer(str(folder))
+    return _ready(
+        load_hf(folder, **how), tokenizer, str(folder), _template_in(folder), _ends_in(folder), folder
+    )
+
+
+def _checkpoint(path: Path, dtype: str, device: torch.device | str, ema: bool) -> Pretrained:
+    model, about = load_model(path, device, ema)
+    if dtype == "int8":
+        if not isinstance(model, Transformer):
+            raise WeightsError(
+                f"{path} holds a {type(model).__name__}: int8 is for the Transformer of lesson 3.6"
+            )
+        model = to_int8(model)
+    else:
+        model = model.to(DTYPES[dtype])
+    name = about.get("tokenizer", "byte")
+    tokenizer = load_tokenizer(name, path.parent)
+    found = _ready(model, tokenizer, name, _template_in(path.parent), None, path.parent)
+    found.about = about
+    return found
+
+
+def _template_in(folder: Path) -> str | None:
+    source = folder / "chat_template.jinja"
+    if source.is_file():
+        return source.read_text(encoding="utf-8", errors="replace")
+    found = read_tokenizer_config(folder).get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = next(
+            (t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    return found
+
+
+def _ends_in(folder: Path) -> list[int]:
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (ends := read_json(folder / name).get("eos_token_id")) is not None:
+            ends = ends if isinstance(ends, list) else [ends]
+            return [i for i in ends if isinstance(i, int)]
+    return []
+
+
+def _ready(
+    model: Transformer | GPT,
+    tokenizer: Tokenizer,
+    tokenizer_name: str,
+    source: str | None,
+    ends: list[int] | None,
+    folder: Path,
+) -> Pretrained:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise WeightsError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model only {model.config.vocab_size:,} rows"
+        )
+    stops = {tokenizer.eos_id, *(ends or ())} - {None}
+    specials = {}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        specials = {"eos_token": tokenizer.eos or "", "bos_token": tokenizer.bos or ""}
+    if isinstance(source, str) and source:
+        return Pretrained(
+            model, tokenizer, tokenizer_name, ChatTemplate(source, specials), frozenset(stops), (), {}, folder
+        )
+    # A model that was never taught to chat would go on with the other's lines.
+    return Pretrained(
+        model, tokenizer, tokenizer_name, ChatTemplate(PLAIN), frozenset(stops), ("\nUser:",), {}, folder
+    )

@@ -1,0 +1,153 @@
+"""Fill our `Transformer` from somebody else's tensors, one at a time, after everything was checked."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.interop.names import Rule
+
+__all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put"]
+
+
+class WeightsError(ValueError):
+    """A file that holds no model of ours, or a damaged one. The message is one sentence."""
+
+
+LIMITS = {
+    "vocab_size": 1 << 22,
+    "max_seq_len": 1 << 27,
+    "d_model": 1 << 18,
+    "n_heads": 1 << 14,
+    "n_kv_heads": 1 << 14,
+    "n_layers": 1 << 12,
+    "d_head": 1 << 14,
+    "d_mlp": 1 << 20,
+}
+"""No model is larger. Whoever says so in a file wants our memory, not to be loaded."""
+
+
+def check_config(where: object, **sizes: Any) -> ModelConfig:
+    """A `ModelConfig` from what a file says.
+
+    Raises:
+        WeightsError: if a size is no whole number, or absurd, or they do not fit together.
+    """
+    for name, most in LIMITS.items():
+        value = sizes.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise WeightsError(f"{where} says {name} is {value!r:.60}, but it must be between 1 and {most:,}")
+    for name in ("norm_eps", "rope_base"):
+        value = sizes.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise WeightsError(f"{where} says {name} is {value!r:.60}, but it must be above 0")
+    try:
+        return ModelConfig(**sizes)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{where} describes no model of ours: {error}") from None
+
+
+class _Outline(TorchFunctionMode):
+    """New tensors have a shape and no memory, and nothing is drawn at random.
+
+    `with torch.device("meta")` would do as much; but there RoPE's few numbers have no values either, and torch
+    loads its compiler, for more than a second, to do without them.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def outline(config: ModelConfig, where: object = "the file") -> Transformer:
+    """The model without its weights: every parameter has its shape, and none has memory.
+
+    Raises:
+        WeightsError: if the configuration makes no model.
+    """
+    try:
+        with _Outline():
+            return Transformer(config)
+    except (ValueError, RuntimeError) as error:  # heads that cannot be shared; sizes that overflow
+        raise WeightsError(f"{where} describes no model of ours: {str(error).splitlines()[0]}") from None
+
+
+Put = Callable[[nn.Module, str, Tensor], None]
+
+
+def put(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give the model this weight."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
+
+
+def fill(
+    model: Transformer,
+    rules: Iterable[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    where: object,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    spare: Callable[[str], bool] = lambda name: False,
+    put: Put = put,
+) -> Transformer:
+    """Give an `outline` its weights. Besides the model, there is one tensor of the file in memory at a time.
+
+    Args:
+        rules: Which tensor holds which weights.
+        shapes: What the file has: each tensor's shape.
+        read: A tensor by its name in the file, in memory of its own.
+        where: The file's name, for messages.
+        spare: Says of a tensor that has no rule whether that is all right.
+        put: What is done with each weight.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        WeightsError: if a tensor is missing, is not part of this model, or has another shape. Nothing was read
+            then.
+    """
+    ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    known = {rule.theirs: rule for rule in rules}
+    for name in known:
+        if name not in shapes:
+            near = difflib.get_close_matches(name, shapes, n=1, cutoff=0.8)
+            hint = f" (there is a {near[0]!r})" if near else ""
+            raise WeightsError(f"{where}: the tensor {name!r} is missing{hint}")
+    for name, found in shapes.items():
+        if name not in known:
+            if spare(name):
+                continue
+            raise WeightsError(f"{where}: the tensor {name!r:.120} is not part of this model")
+        wanted = known[name].shape([ours[own] for own in known[name].ours])
+        if tuple(found) != wanted:
+            raise WeightsError(
+                f"{where}: the tensor {name!r} has shape {tuple(found)}, the model needs {wanted}"
+            )
+    with torch.no_grad():
+        for rule in known.values():
+            for name, weight in zip(rule.ours, rule.split(read(rule.theirs)), strict=True):
+                put(model, name, _own(weight.to(device, dtype)))
+        if model.config.tie_embeddings and isinstance(model.tokens, nn.Embedding):
+            model.head.weight = model.tokens.weight
+    return model.eval()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous, in memory that holds nothing else: a view would keep the rest alive."""
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

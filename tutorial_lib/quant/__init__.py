@@ -1,0 +1,1 @@
+"""Smaller numbers for the same model."""

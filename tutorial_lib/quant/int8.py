@@ -1,0 +1,95 @@
+"""Weights in eight bits: a quarter of the memory, one scale for each row.
+
+    w ≈ scale · q        q a whole number from -127 to 127, scale = max|w| / 127 over the row
+
+(After Dettmers et al. 2022, "LLM.int8()", section 2.1, rows only: activations stay as they are.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tutorial_lib.core.model import Transformer
+
+__all__ = ["Int8Embedding", "Int8Linear", "put_int8", "quantize_rows", "to_int8"]
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`(rows, n)` to int8 `(rows, n)` and fp32 scales `(rows,)`; no number is off by more than half a scale."""
+    weight = weight.float()
+    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear`, its matrix in int8. Nothing here can be trained.
+
+    Args:
+        weight: int8 `(out, in)`.
+        scale: `(out,)`.
+        bias: `(out,)` or None.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrix."""
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`. A row's scale is the same for the whole sum, so it is applied after it."""
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(nn.Module):
+    """`nn.Embedding`, its table in int8; the output layer may share it.
+
+    Args:
+        weight: int8 `(vocab_size, d_model)`.
+        scale: `(vocab_size,)`.
+        dtype: Of the vectors that come out.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids `(...)` to vectors `(..., d_model)`."""
+        return self.weight[ids].to(self.dtype) * self.scale[ids].to(self.dtype)[..., None]
+
+
+def put_int8(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give a `Transformer` this weight, in int8 if it is the matrix of a linear layer or the table of tokens.
+
+    For `interop.weights.fill`: besides the int8 model, one tensor is in memory at a time.
+    """
+    place, _, leaf = name.rpartition(".")
+    owner, _, last = place.rpartition(".")
+    module = model.get_submodule(place)
+    if leaf == "weight" and isinstance(module, nn.Linear):
+        setattr(model.get_submodule(owner), last, Int8Linear(*quantize_rows(weight)))
+    elif place == "tokens":
+        model.tokens = Int8Embedding(*quantize_rows(weight), weight.dtype)
+        if model.config.tie_embeddings:
+            model.head = Int8Linear(model.tokens.weight, model.tokens.scale)
+    else:
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+
+
+@torch.no_grad()
+def to_int8(model: Transformer) -> Transformer:
+    """The same model with its matrices in int8, changed in place."""
+    for name, weight in list(model.named_parameters()):
+        put_int8(model, name, weight.detach())
+    return model

@@ -1,0 +1,1 @@
+"""A model at work: answering requests, holding a conversation."""
