@@ -1,3 +1,4 @@
+# Exported from chapters/part_3_modernizing/3_7_real_weights.ipynb. Edit the lesson, then run: make export
 """Whose weight is whose: the names, the shapes and the order of rows that others use for the same Transformer.
 
 Letters: D model width · C channels of a head.
@@ -12,7 +13,7 @@ from torch import Tensor
 from tutorial_lib.core.model import ModelConfig
 from tutorial_lib.core.rope import half_to_interleaved, interleaved_to_half
 
-__all__ = ["Rule", "GGUF", "GGUF_GPT2", "HF_GPT2", "HF_LLAMA", "rules"]
+__all__ = ["Rule", "HF_LLAMA", "HF_GPT2", "GGUF", "GGUF_GPT2", "rules"]
 
 
 @dataclass(frozen=True)
