@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from tutorial_lib.cli.chat import chat
 from tutorial_lib.cli.eval import evaluate
+from tutorial_lib.cli.export import export
 from tutorial_lib.cli.fetch import fetch
 from tutorial_lib.cli.generate import generate
 from tutorial_lib.cli.tokenize import tokenize
@@ -21,6 +23,8 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(chat)
+app.command()(export)
 app.command()(tokenize)
 app.command()(fetch)
 

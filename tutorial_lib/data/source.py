@@ -116,7 +116,7 @@ def _is_tar(dataset: str) -> bool:
 def _open_folder(folder: Path, tokenizer: str | None, val: str | None, beside: Path | None) -> Source:
     train = ShardedTokens(folder / "train" if (folder / "train" / "index.json").is_file() else folder)
     own = train.tokenizer or "byte"
-    name = own if own in ("byte", "gpt2") else str(folder / own)
+    name = own if own in NAMES else str(folder / own)
     if tokenizer is not None and tokenizer not in (own, name):
         raise ValueError(
             f"data.tokenizer is {tokenizer!r}, but {folder} was written with {own!r}: leave it out"

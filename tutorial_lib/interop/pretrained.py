@@ -22,7 +22,7 @@ from tutorial_lib.quant.int8 import put_int8, to_int8
 from tutorial_lib.serve.template import PLAIN, ChatTemplate
 from tutorial_lib.train.checkpoint import load_model
 
-__all__ = ["DTYPES", "Pretrained", "open_pretrained"]
+__all__ = ["DTYPES", "Pretrained", "open_checkpoint", "open_pretrained"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 """What weights are kept in. With int8, the matrices are, and what flows between them is fp32."""
@@ -48,9 +48,7 @@ class Pretrained:
     """Where it was found."""
 
 
-def open_pretrained(
-    name: str | Path, dtype: str = "fp32", device: torch.device | str = "cpu", ema: bool = True
-) -> Pretrained:
+def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str = "cpu") -> Pretrained:
     """Load a model.
 
     Args:
@@ -58,16 +56,12 @@ def open_pretrained(
             `owner/model` on the Hugging Face hub.
         dtype: `fp32`, `bf16`, `fp16` or `int8`.
         device: Where.
-        ema: Of a checkpoint of ours, the average of the weights, if it has one.
 
     Raises:
         WeightsError, CheckpointError, CorpusError, ValueError: if it cannot be had, or is not what it should be.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    name = str(name)
     path = fetch(name) if name in MODELS else Path(name).expanduser()
-    how = {"dtype": DTYPES[dtype], "device": device, "put": put_int8 if dtype == "int8" else put}
+    how = {"dtype": _dtype(dtype), "device": device, "put": put_int8 if dtype == "int8" else put}
     if path.is_dir() or (path.suffix == "" and not path.exists() and looks_like_hub_id(name)):
         return _folder(path if path.is_dir() else download(name), how)
     if path.suffix == ".gguf":
@@ -84,7 +78,7 @@ def open_pretrained(
             f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
             "owner/model"
         )
-    return _checkpoint(path, dtype, device, ema)
+    return open_checkpoint(path, dtype, device)
 
 
 def _gguf(path: Path, how: dict[str, Any]) -> Pretrained:
@@ -105,7 +99,21 @@ def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
     )
 
 
-def _checkpoint(path: Path, dtype: str, device: torch.device | str, ema: bool) -> Pretrained:
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def open_checkpoint(
+    path: Path, dtype: str = "fp32", device: torch.device | str = "cpu", ema: bool = True
+) -> Pretrained:
+    """A checkpoint of ours, in the same form.
+
+    Args:
+        ema: Take the average of the weights, if the run kept one.
+    """
+    kind = _dtype(dtype)
     model, about = load_model(path, device, ema)
     if dtype == "int8":
         if not isinstance(model, Transformer):
@@ -114,7 +122,7 @@ def _checkpoint(path: Path, dtype: str, device: torch.device | str, ema: bool) -
             )
         model = to_int8(model)
     else:
-        model = model.to(DTYPES[dtype])
+        model = model.to(kind)
     name = about.get("tokenizer", "byte")
     tokenizer = load_tokenizer(name, path.parent)
     found = _ready(model, tokenizer, name, _template_in(path.parent), None, path.parent)

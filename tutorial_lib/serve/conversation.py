@@ -49,7 +49,8 @@ class Conversation:
         self.messages: list[Message] = []
         self.forgotten = 0
         """How many messages were left out for want of room."""
-        self._held: list[int] = []  # what the cache holds
+        self.held: list[int] = []
+        """The tokens that the cache holds."""
         self._cache: list[KVCache] | None = None
 
     def reset(self) -> None:
@@ -87,9 +88,9 @@ class Conversation:
             steps.close()
             self.messages.append({"role": "assistant", "content": "".join(said)})
             # Interrupted in the middle of a step, some layers may hold one token more than others.
-            self._held = ids + (reply.ids[:-1] if reply else [])
+            self.held = ids + (reply.ids[:-1] if reply else [])
             if cache is not None:
-                self._rewind(min([len(self._held), *(layer.length for layer in cache)]))
+                self._rewind(min([len(self.held), *(layer.length for layer in cache)]))
 
     def _fit(self) -> list[int]:
         """The conversation as ids, short enough that an answer has room."""
@@ -114,7 +115,7 @@ class Conversation:
         if self._cache is None:
             self._cache = self.model.new_cache(1, self.context)
         same = 0
-        for old, new in zip(self._held, ids[:-1], strict=False):
+        for old, new in zip(self.held, ids[:-1], strict=False):
             if old != new:
                 break
             same += 1
@@ -132,4 +133,4 @@ class Conversation:
                     layer.reset()
                 layer.positions[:, length:] = EMPTY
                 layer.length = length
-        self._held = self._held[:length]
+        self.held = self.held[:length]
