@@ -22,6 +22,9 @@ class TrainConfig:
     """Tokens in a sequence."""
     steps: int = 1000
     """Optimizer steps."""
+    init_from: str | None = None
+    """A pretrained model to begin with, `smollm2`, a GGUF file or a Hugging Face folder: its shape and its tokenizer
+    take the place of the `model` table and of `data.tokenizer`."""
     max_seconds: float | None = None
     """Stop after so much training time, if that comes first; the schedule then ends with the time."""
     lr: float = 1e-3

@@ -127,7 +127,7 @@ def _answer(talk: Conversation, line: str, person: bool) -> None:
     if person:
         seconds = time.perf_counter() - start
         console.print(
-            f"[dim]{pieces / seconds:.1f} pieces/s, {len(talk.held):,} of {talk.context:,} tokens[/]",
+            f"[dim]{pieces / seconds:.1f} pieces/s, {talk.used:,} of {talk.context:,} tokens[/]",
             highlight=False,
         )
     if talk.forgotten > forgotten:

@@ -11,6 +11,7 @@ from tutorial_lib.tools.accounting import ModelShape, count_parameters, flops_pe
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.tools.profiling import measure_roofline, time_call
 from tutorial_lib.train.accumulate import accumulate_gradients
+from tutorial_lib.train.inputs import pretrained
 from tutorial_lib.train.runner import pick_precision
 
 __all__ = ["report", "shape_of"]
@@ -48,6 +49,7 @@ def report(config: Config) -> None:
     """Print parameters, FLOPs, memory and an estimate of the time."""
     import torch
 
+    pretrained(config)  # its shape is what counts
     train, shape = config.train, shape_of(model_config(config))
     device = pick_device(train.device)
     precision = pick_precision(train.amp, device)

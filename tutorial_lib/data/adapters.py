@@ -65,6 +65,8 @@ class HuggingFaceTokenizer(_ByBytes):
         self, tokenizer: tokenizers.Tokenizer, eos: str | None = None, bos: str | None = None
     ) -> None:
         self.tokenizer = tokenizer
+        tokenizer.no_truncation()  # some files carry what batches were once cut and filled up to
+        tokenizer.no_padding()
         self.rules = json.loads(tokenizer.to_str())
         self.specials = {t["content"]: t["id"] for t in self.rules["added_tokens"] if t["special"]}
         for name in (eos, bos):
@@ -73,7 +75,9 @@ class HuggingFaceTokenizer(_ByBytes):
         usual = ("<|eos|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
         self.eos = eos or next((name for name in usual if name in self.specials), None)
         self.bos = bos
-        self._bytes = self._all_bytes()
+        if not (found := self._all_bytes()):
+            raise ValueError("the tokenizer has no tokens")
+        self._bytes = found
 
     @classmethod
     def load(cls, path: str | Path) -> HuggingFaceTokenizer:
@@ -149,7 +153,7 @@ class HuggingFaceTokenizer(_ByBytes):
 
     def _all_bytes(self) -> dict[int, bytes]:
         decoders = self.rules["decoder"] or {}
-        steps = [step["type"] for step in decoders.get("decoders", [decoders])]
+        steps = [step.get("type") for step in decoders.get("decoders", [decoders])]
         if "ByteLevel" in steps:
             byte_of = {character: byte for byte, character in gpt2_characters().items()}
             spell = lambda token: bytes(byte_of[c] for c in token)  # noqa: E731

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,16 @@ from tutorial_lib.interop.families import family
 from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile, need_gguf
 from tutorial_lib.interop.gguf_vocabulary import read_vocabulary, vocabulary_fields
 from tutorial_lib.interop.names import GGUF, GGUF_GPT2, Rule, rules
-from tutorial_lib.interop.weights import Put, WeightsError, check_config, fill, outline, put
+from tutorial_lib.interop.weights import (
+    LIMITS,
+    Put,
+    WeightsError,
+    check_config,
+    fill,
+    outline,
+    put,
+    weights_of,
+)
 
 __all__ = ["GGUFError", "gguf_config", "gguf_tokenizer", "load_gguf", "save_gguf"]
 
@@ -95,25 +104,29 @@ def gguf_config(path: str | Path | GGUFFile) -> ModelConfig:
         sizes |= {"norm": "layernorm", "mlp": "gelu_tanh", "rope": False, "bias": True}
         return check_config(file.path, **sizes, norm_eps=_decimal(eps))
     heads = sizes["n_heads"]
-    usual = sizes["d_model"] // heads if isinstance(heads, int) and heads > 0 else 0
+    check_config(file.path, **sizes)  # from here on, they are numbers
+    usual = sizes["d_model"] // heads
     d_head = of("attention.key_length", usual)
     for name in ("attention.value_length", "rope.dimension_count"):
         if of(name, d_head) != d_head:
             raise GGUFError(
                 f"{file.path} says {name} is {of(name)!r:.40}, but we know only {d_head}, as for keys"
             )
-    return check_config(
+    window = of("attention.sliding_window", 0)
+    if not isinstance(window, int) or not 0 <= window <= LIMITS["max_seq_len"]:
+        raise GGUFError(f"{file.path} says attention.sliding_window is {window!r:.40}, which is no length")
+    config = check_config(
         file.path,
         **sizes,
         n_kv_heads=of("attention.head_count_kv", heads),
         d_head=None if d_head == usual else d_head,
         norm_eps=_decimal(of("attention.layer_norm_rms_epsilon")),
         rope_base=_decimal(of("rope.freq_base", 10_000.0)),
-        rope_scaling=_scaling(file, kind, d_head),
-        window=of("attention.sliding_window", 0) or None,
+        window=window or None,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
         bias="blk.0.attn_q.bias" in file.tensors,
     )
+    return replace(config, rope_scaling=_scaling(file, kind, d_head, config.rope_base))
 
 
 def _decimal(number: Any) -> Any:
@@ -121,11 +134,11 @@ def _decimal(number: Any) -> Any:
     return float(f"{number:.7g}") if isinstance(number, float) else number
 
 
-def _scaling(file: GGUFFile, kind: str, d_head: int) -> RopeScaling | None:
+def _scaling(file: GGUFFile, kind: str, d_head: int, base: float) -> RopeScaling | None:
     named = file.get(f"{kind}.rope.scaling.type", "none")
     factor = file.get(f"{kind}.rope.scaling.factor", 1.0)
     if named == "linear" and isinstance(factor, float) and factor >= 1:
-        return RopeScaling("linear", factor)
+        return RopeScaling("linear", _decimal(factor))
     if named != "none":
         raise GGUFError(f"{file.path} scales its RoPE by {named!r:.40}: none, linear and Llama 3's are known")
     if FACTORS not in file.tensors:
@@ -139,10 +152,11 @@ def _scaling(file: GGUFFile, kind: str, d_head: int) -> RopeScaling | None:
         scaling = RopeScaling(
             "llama3", **json.loads(file.get(SETTINGS, "null")) or {"factor": _largest(found)}
         )
-    except (TypeError, ValueError) as error:
-        raise GGUFError(f"{file.path}: {SETTINGS} are no settings of RoPE: {error}") from None
-    base = _decimal(file.get(f"{kind}.rope.freq_base", 10_000.0))
-    if not torch.allclose(found, _factors(d_head, base, scaling), rtol=1e-3):
+        wanted = _factors(d_head, base, scaling)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RecursionError is one, too
+        said = str(error).splitlines()[0]
+        raise GGUFError(f"{file.path}: {SETTINGS} are no settings of RoPE: {said}") from None
+    if not torch.allclose(found, wanted, rtol=1e-3):
         raise GGUFError(f"{file.path}: {FACTORS} are not those of Llama 3, and others are not known")
     return scaling
 
@@ -196,7 +210,7 @@ def save_gguf(
     if config.window is not None:
         raise WeightsError("llama.cpp computes Llama and Qwen3 without a window: this model has one")
     arch = family(config)
-    weights = dict(model.named_parameters())
+    weights = weights_of(model)
     with beside(path) as place:
         writer = gguf.GGUFWriter(place, arch)
         fields = _fields(model, arch, name)
@@ -271,7 +285,7 @@ def _fields(model: Transformer, arch: str, name: str) -> dict[str, Any]:
         f"{arch}.attention.key_length": attn.d_head,
         f"{arch}.attention.value_length": attn.d_head,
         f"{arch}.rope.dimension_count": attn.d_head,
-        f"{arch}.rope.freq_base": config.rope_base,
+        f"{arch}.rope.freq_base": float(config.rope_base),
     }
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         settings = asdict(config.rope_scaling)
@@ -279,7 +293,7 @@ def _fields(model: Transformer, arch: str, name: str) -> dict[str, Any]:
     elif config.rope_scaling is not None:
         fields |= {
             f"{arch}.rope.scaling.type": "linear",
-            f"{arch}.rope.scaling.factor": config.rope_scaling.factor,
+            f"{arch}.rope.scaling.factor": float(config.rope_scaling.factor),
         }
     return fields
 

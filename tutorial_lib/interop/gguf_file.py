@@ -5,8 +5,8 @@
     tensors:   name · dimensions · type · offset
     padding, then the tensors' bytes
 
-Every length is compared with what is left of the file before anything is made of it, so a file cannot ask for more
-memory than it has bytes. Quantized blocks are decoded by the package `gguf` (extra `interop`).
+Every length is compared with what is left of the file before anything is made of it, and no two tensors may share
+bytes, so a file cannot ask for much more memory than it has bytes. Quantized blocks are decoded by the package `gguf` (extra `interop`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ class _Cursor:
         if kind in NUMBERS:  # all of them at once
             code = NUMBERS[kind]
             size = struct.calcsize("<" + code)
-            return list(struct.unpack(f"<{n}{code}", self.bytes(n * size)))
+            return array(
+                "B" if code == "?" else code, self.bytes(n * size)
+            )  # a list would take ten times as much
         if kind != STRING:  # arrays of arrays: no model needs them, and they could be nested without end
             raise GGUFError(f"{self.path} has an array of unknown type {kind} at byte {self.at:,}")
         if n * 8 > len(self.data) - self.at:  # a string has at least its length
@@ -138,6 +141,9 @@ class GGUFFile:
             self.tensors[name] = self._place(name, shape, kind, start + offset)
         if len(self.tensors) != n_tensors:
             raise GGUFError(f"{path} is damaged: a tensor's name comes twice")
+        placed = sorted(self.tensors.values(), key=lambda info: info.start)
+        if any(a.start + a.nbytes > b.start for a, b in zip(placed, placed[1:], strict=False)):
+            raise GGUFError(f"{path} is damaged: two of its tensors share bytes")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the metadata; an error if there is none, and no default."""
@@ -188,12 +194,13 @@ class GGUFFile:
         info = self.tensors[name]
         kind = self.gguf.GGMLQuantizationType[info.type]
         rows = math.prod(info.shape[:-1])
-        raw = np.frombuffer(self.data, np.uint8, info.nbytes, info.start).reshape(rows, -1)
-        if info.type in ("F32", "F16"):
-            raw = raw.view(np.float32 if info.type == "F32" else np.float16)
         out = torch.empty(rows, info.shape[-1], dtype=dtype)
         step = max(1, CHUNK // info.shape[-1])
-        for start in range(0, rows, step):
-            numbers = dequantize(raw[start : start + step], kind)
-            out[start : start + step] = torch.from_numpy(np.array(numbers, np.float32))
+        with self.path.open("rb") as file:  # not through the map: what was read there counts as our memory
+            file.seek(info.start)
+            for piece in out.split(step):
+                raw = np.fromfile(file, np.uint8, info.nbytes // rows * len(piece)).reshape(len(piece), -1)
+                if info.type in ("F32", "F16"):
+                    raw = raw.view(np.float32 if info.type == "F32" else np.float16)
+                piece.copy_(torch.from_numpy(dequantize(raw, kind).astype(np.float32, copy=False)))
         return out.view(info.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -91,18 +92,20 @@ def read_vocabulary(file: GGUFFile) -> HuggingFaceTokenizer:
         raise GGUFError(f"{file.path} has a tokenizer of kind {kind!r:.40}/{cut!r:.40}: known are {known}")
     tokens, merges = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.merges", [])
     types = file.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens) if isinstance(tokens, list) else [])
+    types = list(types) if isinstance(types, array) else types
     if not all(isinstance(part, list) for part in (tokens, merges, types)) or len(types) != len(tokens):
         raise GGUFError(f"{file.path} is damaged: its tokens, their types and the merges do not fit together")
     try:
         pairs = [tuple(merge.split(" ")) for merge in merges]
-        tokenizer = _empty(cut, {token: i for i, token in enumerate(tokens)}, pairs)
+        vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+        tokenizer = _empty(cut, vocab, pairs)
         added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind != NORMAL]
         for token, kind in added:
             if kind in (CONTROL, USER_DEFINED):
                 special = tokenizers.AddedToken(token, normalized=False, special=kind == CONTROL)
                 (tokenizer.add_special_tokens if kind == CONTROL else tokenizer.add_tokens)([special])
         ends = [file.metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "bos")]
-        names = [tokens[i] if isinstance(i, int) and i < len(tokens) else None for i in ends]
+        names = [tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None for i in ends]
         return HuggingFaceTokenizer(tokenizer, *names)
     except Exception as error:  # the package raises nothing more specific
         raise GGUFError(f"{file.path} has a tokenizer that cannot be built: {error}") from None

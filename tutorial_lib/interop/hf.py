@@ -23,7 +23,7 @@ from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.interop.families import family
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
 from tutorial_lib.interop.names import HF_GPT2, HF_LLAMA, Rule, rules
-from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put
+from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, weights_of
 
 __all__ = ["hf_config", "load_hf", "read_json", "save_hf"]
 
@@ -88,14 +88,13 @@ def load_hf(
     model = outline(config, folder / "config.json")
     shapes = {_name(name, prefix): shape for name, shape in shapes.items()}
     files = {_name(name, prefix): (path, name) for name, (path, _) in files.items()}
-    opened: dict[Path, Any] = {}
 
     def read(name: str) -> Tensor:
         path, theirs = files[name]
-        if path not in opened:
-            opened.clear()  # one file is mapped into memory at a time
-            opened[path] = safe_open(path, framework="pt")
-        return opened[path].get_tensor(theirs).clone()  # the file may change later, the weights must not
+        with safe_open(
+            path, framework="pt"
+        ) as file:  # what was read of a file counts as ours while it is open
+            return file.get_tensor(theirs).clone()  # the file may change later, the weights must not
 
     def spare(name: str) -> bool:
         tables = (
@@ -202,7 +201,7 @@ def save_hf(
 
 
 def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
-    weights = dict(model.named_parameters())
+    weights = weights_of(model)
     shards: list[list[Rule]] = [[]]
     size = total = 0
     for rule in _rules(model):

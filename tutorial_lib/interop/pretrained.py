@@ -65,7 +65,7 @@ def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str =
     if path.is_dir() or (path.suffix == "" and not path.exists() and looks_like_hub_id(name)):
         return _folder(path if path.is_dir() else download(name), how)
     if path.suffix == ".gguf":
-        return _gguf(path, how)
+        return _gguf(path, name, how)
     if path.suffix in (".bin", ".pt", ".pth", ".pkl"):
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is read: only safetensors and GGUF are"
@@ -81,11 +81,11 @@ def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str =
     return open_checkpoint(path, dtype, device)
 
 
-def _gguf(path: Path, how: dict[str, Any]) -> Pretrained:
+def _gguf(path: Path, name: str, how: dict[str, Any]) -> Pretrained:
     file = GGUFFile(path)
     tokenizer = gguf_tokenizer(file)
     source = file.metadata.get("tokenizer.chat_template")
-    return _ready(load_gguf(file, **how), tokenizer, str(path), source, None, path.parent)
+    return _ready(load_gguf(file, **how), tokenizer, name, source, None, path.parent)
 
 
 def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
@@ -93,6 +93,8 @@ def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
         raise WeightsError(
             f"{folder} has no config.json: a Hugging Face checkpoint has, a run of ours is its .ckpt file"
         )
+    if not (folder / "tokenizer.json").is_file():
+        raise WeightsError(f"{folder} has no tokenizer.json, without which nobody can read to it")
     tokenizer = load_tokenizer(str(folder))
     return _ready(
         load_hf(folder, **how), tokenizer, str(folder), _template_in(folder), _ends_in(folder), folder

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.interop.names import Rule
 
-__all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put"]
+__all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put", "weights_of"]
 
 
 class WeightsError(ValueError):
@@ -67,6 +67,7 @@ class _Outline(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs.get("tensor", args[0] if args else None)
         if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
+            func = torch.empty  # of a shape only, all are the same; `randn` would load the compiler, too
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
 
@@ -82,6 +83,21 @@ def outline(config: ModelConfig, where: object = "the file") -> Transformer:
             return Transformer(config)
     except (ValueError, RuntimeError) as error:  # heads that cannot be shared; sizes that overflow
         raise WeightsError(f"{where} describes no model of ours: {str(error).splitlines()[0]}") from None
+
+
+def weights_of(model: Transformer) -> dict[str, nn.Parameter]:
+    """Its weights by name, to be written down.
+
+    Raises:
+        WeightsError: if they are not those that its configuration speaks of: it has int8 matrices, or experts.
+    """
+    weights = dict(model.named_parameters())
+    wanted = {name: p.shape for name, p in outline(model.config).named_parameters()}
+    if {name: p.shape for name, p in weights.items()} != wanted:
+        raise WeightsError(
+            "this model has other weights than its configuration says (int8 matrices, say): it cannot be written"
+        )
+    return weights
 
 
 Put = Callable[[nn.Module, str, Tensor], None]
@@ -140,7 +156,13 @@ def fill(
             )
     with torch.no_grad():
         for rule in known.values():
-            for name, weight in zip(rule.ours, rule.split(read(rule.theirs)), strict=True):
+            tensor = read(rule.theirs)
+            if not tensor.is_floating_point():
+                raise WeightsError(
+                    f"{where}: the tensor {rule.theirs!r} holds {str(tensor.dtype).removeprefix('torch.')}, "
+                    "which are no weights as they are"
+                )
+            for name, weight in zip(rule.ours, rule.split(tensor), strict=True):
                 put(model, name, _own(weight.to(device, dtype)))
         if model.config.tie_embeddings and isinstance(model.tokens, nn.Embedding):
             model.head.weight = model.tokens.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 from torch import nn
@@ -11,7 +12,7 @@ from tutorial_lib.core.kv_cache import EMPTY, KVCache
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.core.rolling_cache import RollingKVCache
 from tutorial_lib.data.protocol import Tokenizer
-from tutorial_lib.serve.respond import Reply, Request, respond
+from tutorial_lib.serve.respond import Request, respond
 from tutorial_lib.serve.template import ChatTemplate, Message
 
 __all__ = ["Conversation"]
@@ -49,88 +50,81 @@ class Conversation:
         self.messages: list[Message] = []
         self.forgotten = 0
         """How many messages were left out for want of room."""
-        self.held: list[int] = []
-        """The tokens that the cache holds."""
+        self.used = 0
+        """Tokens that the last question took, with all that was read before it, and its answer."""
         self._cache: list[KVCache] | None = None
+        self._rolling = False
+        self._held: list[int] = []
+        """What the cache holds for sure, in every layer."""
 
     def reset(self) -> None:
         """Begin anew."""
-        self.messages, self.forgotten = [], 0
+        self.messages, self.forgotten, self.used = [], 0, 0
 
     def ask(self, text: str) -> Iterator[str]:
         """Say something; gives the answer piece by piece. If it is interrupted, what was said so far stays said.
 
         Raises:
-            ValueError: if the message alone does not fit.
-            TemplateProblem: if the template does not take it.
+            ValueError: if the message alone does not fit; then it was not said.
+            TemplateProblem: if the template does not take it; likewise.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            ids = self._fit()
-        except ValueError:
-            self.messages.pop()
-            raise
-        room = min(self.how.max_new_tokens, self.context - len(ids))
+        question: Message = {"role": "user", "content": text}
+        answer: Message = {"role": "assistant", "content": ""}
+        ids, self.forgotten = self._fit(question)
+        self.messages += [question, answer]  # both at once: whenever Ctrl-C comes, they take turns
+        self.used = len(ids)
         cache = self._prepare(ids)
-        said: list[str] = []
-        reply: Reply | None = None
-        steps = respond(self.model, self.tokenizer, [replace(self.how, ids=ids, max_new_tokens=room)], cache)
-        try:
+        room = min(self.how.max_new_tokens, self.context - len(ids))
+        request = replace(self.how, ids=ids, max_new_tokens=room)
+        with closing(respond(self.model, self.tokenizer, [request], cache)) as steps:
             while True:
                 try:
                     _, piece = next(steps)
                 except StopIteration as end:
-                    reply = end.value[0]
+                    (reply,) = end.value
                     break
-                said.append(piece)
+                if not self._rolling:
+                    self._held = ids  # the prompt was read; how much of the answer was, is not known yet
+                answer["content"] += piece
                 yield piece
-        finally:
-            steps.close()
-            self.messages.append({"role": "assistant", "content": "".join(said)})
-            # Interrupted in the middle of a step, some layers may hold one token more than others.
-            self.held = ids + (reply.ids[:-1] if reply else [])
-            if cache is not None:
-                self._rewind(min([len(self.held), *(layer.length for layer in cache)]))
+        self.used += len(reply.ids)
+        if cache is not None:
+            self._held = (ids + reply.ids)[: cache[0].length]
 
-    def _fit(self) -> list[int]:
-        """The conversation as ids, short enough that an answer has room."""
+    def _fit(self, question: Message) -> tuple[list[int], int]:
+        """The conversation as ids, short enough that an answer has room; and how many messages are left out."""
         room = min(self.how.max_new_tokens, self.context // 2)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        forgotten = self.forgotten
         while True:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            kept = self.messages[self.forgotten :]
-            ids = self.template.encode(self.tokenizer, [*system, *kept])
+            ids = self.template.encode(self.tokenizer, [*system, *self.messages[forgotten:], question])
             if len(ids) + room <= self.context:
-                return ids
-            if len(kept) == 1:
+                return ids, forgotten
+            if forgotten >= len(self.messages):
                 raise ValueError(
                     f"the message has {len(ids):,} tokens with what surrounds it, but only "
                     f"{self.context - room:,} of {self.context:,} are left beside the answer's {room:,}"
                 )
-            self.forgotten += 2  # a question and its answer
+            forgotten += 2  # a question and its answer
 
     def _prepare(self, ids: list[int]) -> list[KVCache] | None:
         """The cache, holding as much of `ids` as it can, but not the last."""
         if not isinstance(self.model, Transformer):
             return None
         if self._cache is None:
-            self._cache = self.model.new_cache(1, self.context)
+            cache = self.model.new_cache(1, self.context)
+            self._rolling = any(isinstance(layer, RollingKVCache) for layer in cache)
+            self._cache = cache
         same = 0
-        for old, new in zip(self.held, ids[:-1], strict=False):
+        for old, new in zip(self._held, ids[:-1], strict=False):
             if old != new:
                 break
             same += 1
-        self._rewind(same)
+        if self._rolling and same < len(self._held):
+            same = 0  # what a ring has lost cannot come back
+        # Should the answer be interrupted, in the middle of a layer even, only this is sure. A ring is overwritten.
+        self._held = [] if self._rolling else ids[:same]
+        for layer in self._cache:
+            layer.positions[:, same:] = EMPTY
+            layer.length = same
         return self._cache
-
-    def _rewind(self, length: int) -> None:
-        """Let the cache forget what comes after so many tokens; all of it, if it cannot do that."""
-        assert self._cache is not None
-        if any(layer.length != length for layer in self._cache):
-            if any(isinstance(layer, RollingKVCache) for layer in self._cache):
-                length = 0  # what the ring has lost cannot come back
-            for layer in self._cache:
-                if length == 0:
-                    layer.reset()
-                layer.positions[:, length:] = EMPTY
-                layer.length = length
-        self.held = self.held[:length]

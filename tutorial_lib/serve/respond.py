@@ -54,8 +54,14 @@ class Request:
             raise ValueError("the prompt is empty: give at least one token")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but must be 0 or more")
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # NaN is not, either
             raise ValueError(f"temperature is {self.temperature}, but must be 0 or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k}, but at least one token must stay")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, but is a probability: above 0, at most 1")
+        if not self.penalty > 0:
+            raise ValueError(f"the repetition penalty is {self.penalty}, but must be above 0 (1 is none)")
         if "" in self.stop:
             raise ValueError("a stop text is empty, which would be found at once")
 
@@ -94,17 +100,18 @@ class _Writer:
         """The text that has become certain with this token."""
         reply, request = self.reply, self.request
         reply.ids.append(token)
-        if token in request.stop_ids:
-            return self._finish("token")
-        self.held += self.decoder.decode(token_bytes(self.tokenizer, token))
-        found = [at for stop in request.stop if (at := self.held.find(stop)) >= 0]
-        if found:
+        stopped, full = token in request.stop_ids, len(reply.ids) == request.max_new_tokens
+        new = b"" if stopped else token_bytes(self.tokenizer, token)
+        self.held += self.decoder.decode(new, final=stopped or full)
+        if found := [at for stop in request.stop if (at := self.held.find(stop)) >= 0]:
             self.held = self.held[: min(found)]
-            self.decoder.reset()
-            return self._finish("text")
-        if len(reply.ids) == request.max_new_tokens:
-            return self._finish("length")
-        return self._release(len(self.held) - self._doubtful())
+            reply.end = "text"
+        elif stopped or full:
+            reply.end = "token" if stopped else "length"
+        certain = len(self.held) - (self._doubtful() if reply.end is None else 0)
+        piece, self.held = self.held[:certain], self.held[certain:]
+        reply.text += piece
+        return piece
 
     def _doubtful(self) -> int:
         """How many characters at the end could be the beginning of a stop text."""
@@ -115,16 +122,6 @@ class _Writer:
                     longest = n
                     break
         return longest
-
-    def _finish(self, why: str) -> str:
-        self.reply.end = why
-        self.held += self.decoder.decode(b"", final=True)
-        return self._release(len(self.held))
-
-    def _release(self, n: int) -> str:
-        piece, self.held = self.held[:n], self.held[n:]
-        self.reply.text += piece
-        return piece
 
 
 @torch.inference_mode()
@@ -159,8 +156,8 @@ def respond(
     else:
         steps = _moving_window(model, texts)
     was_training = model.training
-    model.eval()
     try:
+        model.eval()
         scores = next(steps) if room else None
         while any(writer.reply.end is None for writer in writers):
             assert scores is not None

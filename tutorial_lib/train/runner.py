@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from omegaconf import OmegaConf
@@ -19,8 +20,7 @@ from rich.console import Console
 from tutorial_lib.config import Config, ConfigError, model_config
 from tutorial_lib.core.kernels import attention_kernel
 from tutorial_lib.core.model import Transformer
-from tutorial_lib.data.bpe import BPETokenizer
-from tutorial_lib.data.source import Source, check_fits, open_source
+from tutorial_lib.data.source import Source, check_fits
 from tutorial_lib.files import write_text
 from tutorial_lib.tools.devices import autocast_dtype, pick_device, supports_bf16
 from tutorial_lib.tools.seeds import derive_seed, seed_everything
@@ -28,6 +28,7 @@ from tutorial_lib.train.callbacks import Evaluate, Sample, Save, Show, Stop
 from tutorial_lib.train.checkpoint import model_header
 from tutorial_lib.train.checkpoints import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main, rank, start, unwrap, world_size
+from tutorial_lib.train.inputs import in_a_file, open_text, pretrained, save_tokenizer
 from tutorial_lib.train.loggers import (
     CSVLogger,
     Logger,
@@ -43,6 +44,9 @@ from tutorial_lib.train.recompute import recompute_blocks
 from tutorial_lib.train.schedules import SCHEDULES
 from tutorial_lib.train.trainer import Trainer
 from tutorial_lib.train.watchers import LogSteps, LogWeights, TraceProfiler
+
+if TYPE_CHECKING:
+    from tutorial_lib.interop.pretrained import Pretrained
 
 __all__ = ["Outcome", "pick_precision", "train_run"]
 
@@ -108,12 +112,13 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
             f"{folder} has {names[0]} but no step_….ckpt, which a run goes on from: "
             "rename it to step_00000000.ckpt, with its step, or choose another log.name"
         )
-    source = _open(config, folder, tell)
+    start_with = pretrained(config)
+    source = open_text(config, tell, start_with)
     val_tokens = source.val
     for tokens, what in ((source.train, "train on"), (val_tokens, "validate on")):
         if tokens is not None:
             check_fits(tokens, train.seq_len, what)
-    trainer, header = _trainer(config, source, device, tell)
+    trainer, header = _trainer(config, source, device, tell, start_with)
 
     # From here on the folder is written to.
     lock = _lock(folder) if is_main() else None
@@ -149,8 +154,7 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
             save.step = step
         if is_main():
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.as_dict())))
-            if isinstance(source.tokenizer, BPETokenizer) and source.tokenizer_name != "gpt2":
-                source.tokenizer.save(folder / "tokenizer.json")
+            save_tokenizer(source, folder / "tokenizer.json", start_with)
         sample = Sample(trainer, source.tokenizer, log.prompt, evaluator, logger) if log.prompt else None
         show, stop = Show(console, evaluator, sample), Stop(tell)
         trace = TraceProfiler(folder / "trace.json.gz", log.trace_at) if log.trace_at and is_main() else None
@@ -195,27 +199,9 @@ def _silent(*_: object) -> None:
     pass
 
 
-def _open(config: Config, folder: Path, tell) -> Source:
-    data, vocab_size = config.data, config.model.vocab_size
-    try:
-        source = open_source(data.dataset, data.tokenizer, data.val, data.val_fraction)
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from None
-    needed = source.tokenizer.vocab_size
-    if vocab_size < needed:
-        raise ConfigError(
-            f"model.vocab_size is {vocab_size}, but the tokenizer {source.tokenizer_name} has {needed} tokens"
-        )
-    if vocab_size > needed:
-        rows = vocab_size - needed
-        tell(
-            f"warning: model.vocab_size is {vocab_size:,}, but the tokenizer {source.tokenizer_name} has only "
-            f"{needed:,} tokens: {rows:,} rows of the embedding, {rows * config.model.d_model:,} weights, are wasted"
-        )
-    return source
-
-
-def _trainer(config: Config, source: Source, device: torch.device, tell) -> tuple[Trainer, dict[str, str]]:
+def _trainer(
+    config: Config, source: Source, device: torch.device, tell, start_with: Pretrained | None
+) -> tuple[Trainer, dict[str, str]]:
     train = config.train
     if train.batch_size % world_size():
         raise ConfigError(
@@ -225,7 +211,8 @@ def _trainer(config: Config, source: Source, device: torch.device, tell) -> tupl
     if train.amp:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
     torch.manual_seed(train.seed)  # the same weights on every process …
-    model = Transformer(model_config(config)).to(device)
+    model = Transformer(model_config(config)) if start_with is None else start_with.model.train()
+    model = model.to(device)
     header = _header(config, source, model)
     tell(
         f"{model.num_params():,} parameters on {device.type} × {world_size()} in {str(precision.dtype)[6:]}; "
@@ -278,8 +265,7 @@ def _trainer(config: Config, source: Source, device: torch.device, tell) -> tupl
 
 
 def _header(config: Config, source: Source, model: Transformer) -> dict[str, str]:
-    file = isinstance(source.tokenizer, BPETokenizer) and source.tokenizer_name != "gpt2"
-    name = "tokenizer.json" if file else source.tokenizer_name
+    name = "tokenizer.json" if in_a_file(source) else source.tokenizer_name
     return model_header(model, {"tokenizer": name, "run": config.as_dict()})
 
 

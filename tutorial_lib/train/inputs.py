@@ -1,0 +1,94 @@
+"""What a run begins with: a text, its tokenizer, and perhaps a pretrained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.core.model import Transformer
+from tutorial_lib.data.adapters import as_huggingface
+from tutorial_lib.data.source import Source, open_source
+from tutorial_lib.data.tokenize import ByteTokenizer
+from tutorial_lib.data.tokenizers import same_tokenizer
+from tutorial_lib.settings import ModelTable
+
+if TYPE_CHECKING:
+    from tutorial_lib.interop.pretrained import Pretrained
+
+__all__ = ["in_a_file", "open_text", "pretrained", "save_tokenizer"]
+
+
+def pretrained(config: Config) -> Pretrained | None:
+    """The model that `train.init_from` names; its shape and its tokenizer's name are put into the configuration.
+
+    Raises:
+        ConfigError: if it does not go with the rest of the configuration.
+    """
+    if config.train.init_from is None:
+        return None
+    from tutorial_lib.interop.pretrained import open_pretrained  # it knows all formats, which others need not
+
+    found = open_pretrained(config.train.init_from)
+    if not isinstance(found.model, Transformer):
+        raise ConfigError(
+            f"train.init_from {config.train.init_from} is a {type(found.model).__name__}, no Transformer"
+        )
+    config.model = ModelTable(**asdict(found.model.config))
+    learned = found.model.positions is not None
+    if learned and config.train.seq_len > config.model.max_seq_len:
+        raise ConfigError(
+            f"train.seq_len is {config.train.seq_len}, but the positions of {config.train.init_from} end at "
+            f"{config.model.max_seq_len}"
+        )
+    if config.data.tokenizer is None and not Path(config.data.dataset).is_dir():
+        config.data.tokenizer = found.tokenizer_name
+    return found
+
+
+def open_text(config: Config, tell: Callable[[str], None], start_with: Pretrained | None = None) -> Source:
+    """The text to train on, its ids as the model knows them.
+
+    Raises:
+        ConfigError: if the parts do not fit together.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    try:
+        source = open_source(data.dataset, data.tokenizer, data.val, data.val_fraction)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
+    needed = source.tokenizer.vocab_size
+    if start_with is not None:  # it may well have more rows than tokens
+        if not same_tokenizer(start_with.tokenizer, source.tokenizer):
+            raise ConfigError(
+                f"train.init_from {config.train.init_from} reads another tokenizer's ids than {source.tokenizer_name}'s"
+            )
+        return source
+    if vocab_size < needed:
+        raise ConfigError(
+            f"model.vocab_size is {vocab_size}, but the tokenizer {source.tokenizer_name} has {needed} tokens"
+        )
+    if vocab_size > needed:
+        rows = vocab_size - needed
+        tell(
+            f"warning: model.vocab_size is {vocab_size:,}, but the tokenizer {source.tokenizer_name} has only "
+            f"{needed:,} tokens: {rows:,} rows of the embedding, {rows * config.model.d_model:,} weights, are wasted"
+        )
+    return source
+
+
+def in_a_file(source: Source) -> bool:
+    """Whether the tokenizer has to go along with the run: it is not one that everybody can have by its name."""
+    return not isinstance(source.tokenizer, ByteTokenizer) and source.tokenizer_name != "gpt2"
+
+
+def save_tokenizer(source: Source, path: Path, start_with: Pretrained | None = None) -> None:
+    """Put the tokenizer beside the checkpoints, if it has to go along."""
+    if not in_a_file(source):
+        return
+    if start_with is None:
+        source.tokenizer.save(path)
+    else:  # with the way it was taught to chat
+        as_huggingface(source.tokenizer).save(path, start_with.template.source)
