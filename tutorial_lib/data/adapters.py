@@ -254,4 +254,9 @@ def as_huggingface(tokenizer: Any) -> HuggingFaceTokenizer:
 
         theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     eos = next((name for name, i in tokenizer.specials.items() if i == tokenizer.eos_id), None)
-    return HuggingFaceTokenizer(theirs, eos)
+    found = HuggingFaceTokenizer(theirs, eos)
+    if found.specials != tokenizer.specials:  # theirs gives a name that is a token already that token's id
+        raise ValueError(
+            "a special token has the name of an ordinary one, which Hugging Face's tokenizers cannot say"
+        )
+    return found

@@ -27,6 +27,8 @@ __all__ = ["DTYPES", "Pretrained", "open_checkpoint", "open_pretrained"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 """What weights are kept in. With int8, the matrices are, and what flows between them is fp32."""
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
+
 
 @dataclass
 class Pretrained:
@@ -62,17 +64,19 @@ def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str =
     """
     path = fetch(name) if name in MODELS else Path(name).expanduser()
     how = {"dtype": _dtype(dtype), "device": device, "put": put_int8 if dtype == "int8" else put}
-    if path.is_dir() or (path.suffix == "" and not path.exists() and looks_like_hub_id(name)):
-        return _folder(path if path.is_dir() else download(name), how)
+    if path.is_dir():
+        return _folder(path, how)
     if path.suffix == ".gguf":
         return _gguf(path, name, how)
-    if path.suffix in (".bin", ".pt", ".pth", ".pkl"):
+    if path.suffix in PICKLES:
         raise WeightsError(
             f"{path} is a pickle, which can run code when it is read: only safetensors and GGUF are"
         )
     if path.suffix == ".safetensors":
         raise WeightsError(f"{path} has only numbers: give the folder that has its config.json, too")
     if not path.exists() and path.suffix != ".ckpt":
+        if looks_like_hub_id(name):  # with dots, perhaps: Qwen/Qwen3-0.6B
+            return _folder(download(name), how)
         known = ", ".join(MODELS)
         raise WeightsError(
             f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
@@ -95,10 +99,9 @@ def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
         )
     if not (folder / "tokenizer.json").is_file():
         raise WeightsError(f"{folder} has no tokenizer.json, without which nobody can read to it")
-    tokenizer = load_tokenizer(str(folder))
-    return _ready(
-        load_hf(folder, **how), tokenizer, str(folder), _template_in(folder), _ends_in(folder), folder
-    )
+    name = str(folder / "tokenizer.json")  # and not the folder, which may be called gpt2
+    tokenizer = load_tokenizer(name)
+    return _ready(load_hf(folder, **how), tokenizer, name, _template_in(folder), _ends_in(folder), folder)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -67,8 +67,10 @@ class _Outline(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs.get("tensor", args[0] if args else None)
         if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
-            func = torch.empty  # of a shape only, all are the same; `randn` would load the compiler, too
+            func = torch.empty  # of a shape alone, all are the same
             kwargs["device"] = "meta"
+        if func in (torch.Tensor.mul, torch.Tensor.__mul__) and args[0].is_meta:
+            return args[0]  # a table's scale; torch's own way loads the compiler, too
         return func(*args, **kwargs)
 
 
