@@ -12,12 +12,12 @@ bytes, so a file cannot ask for much more memory than it has bytes. Quantized bl
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import struct
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -66,17 +66,18 @@ class TensorInfo:
 class _Cursor:
     """Walks through the header; steps past the end of the file are errors."""
 
-    def __init__(self, data: mmap.mmap | bytes, path: Path) -> None:
-        self.data, self.path, self.at = data, path, 0
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path, self.at = file, path, 0
+        self.size = os.fstat(file.fileno()).st_size
 
     def bytes(self, n: int) -> bytes:
-        if n > len(self.data) - self.at:
+        if n > self.size - self.at:
             raise GGUFError(
                 f"{self.path} is not a GGUF file, or was cut short: at byte {self.at:,} it speaks of {n:,} bytes, "
-                f"but {len(self.data) - self.at:,} are left"
+                f"but {self.size - self.at:,} are left"
             )
         self.at += n
-        return self.data[self.at - n : self.at]
+        return self.file.read(n)
 
     def number(self, kind: str) -> Any:
         return struct.unpack("<" + kind, self.bytes(struct.calcsize("<" + kind)))[0]
@@ -97,12 +98,11 @@ class _Cursor:
         if kind in NUMBERS:  # all of them at once
             code = NUMBERS[kind]
             size = struct.calcsize("<" + code)
-            return array(
-                "B" if code == "?" else code, self.bytes(n * size)
-            )  # a list would take ten times as much
+            # A list would take ten times as much.
+            return array("B" if code == "?" else code, self.bytes(n * size))
         if kind != STRING:  # arrays of arrays: no model needs them, and they could be nested without end
             raise GGUFError(f"{self.path} has an array of unknown type {kind} at byte {self.at:,}")
-        if n * 8 > len(self.data) - self.at:  # a string has at least its length
+        if n * 8 > self.size - self.at:  # a string has at least its length
             self.bytes(n * 8)
         return [self.string() for _ in range(n)]
 
@@ -120,9 +120,10 @@ class GGUFFile:
         if not self.path.is_file():
             raise GGUFError(f"there is no file at {path}")
         with self.path.open("rb") as file:
-            size = self.path.stat().st_size
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        cursor = _Cursor(self.data, self.path)
+            self._read_header(_Cursor(file, self.path))
+
+    def _read_header(self, cursor: _Cursor) -> None:
+        path, self.size = self.path, cursor.size
         if (magic := cursor.bytes(4)) != b"GGUF":
             raise GGUFError(f"{path} is not a GGUF file: it begins with {magic!r}, not with b'GGUF'")
         if (version := cursor.number("I")) not in (2, 3):
@@ -179,10 +180,10 @@ class GGUFFile:
                 f"{self.path}: the tensor {name!r:.80} of shape {shape} has no whole blocks of {known}"
             )
         nbytes = math.prod(shape) // block * size
-        if start + nbytes > len(self.data):
+        if start + nbytes > self.size:
             raise GGUFError(
                 f"{self.path} was cut short: the tensor {name!r:.80} ends at byte {start + nbytes:,}, "
-                f"the file at {len(self.data):,}"
+                f"the file at {self.size:,}"
             )
         return TensorInfo(shape, known, start, nbytes)
 
@@ -196,7 +197,7 @@ class GGUFFile:
         rows = math.prod(info.shape[:-1])
         out = torch.empty(rows, info.shape[-1], dtype=dtype)
         step = max(1, CHUNK // info.shape[-1])
-        with self.path.open("rb") as file:  # not through the map: what was read there counts as our memory
+        with self.path.open("rb") as file:
             file.seek(info.start)
             for piece in out.split(step):
                 raw = np.fromfile(file, np.uint8, info.nbytes // rows * len(piece)).reshape(len(piece), -1)
