@@ -115,13 +115,8 @@ class _Writer:
 
     def _doubtful(self) -> int:
         """How many characters at the end could be the beginning of a stop text."""
-        longest = 0
-        for stop in self.request.stop:
-            for n in range(min(len(stop) - 1, len(self.held)), longest, -1):
-                if self.held.endswith(stop[:n]):
-                    longest = n
-                    break
-        return longest
+        starts = (stop[:n] for stop in self.request.stop for n in range(1, len(stop)))
+        return max((len(start) for start in starts if self.held.endswith(start)), default=0)
 
 
 @torch.inference_mode()
@@ -186,6 +181,8 @@ def _cached(
     ids, positions = ids.to(device), positions.to(device)
     if cache is None:
         cache = model.new_cache(len(texts), ids.shape[1] + room)
+    if cache[0].length >= ids.shape[1]:
+        raise ValueError("the cache holds the whole prompt already: there has to be a token that it does not")
     ids, positions = ids[:, cache[0].length :], positions[:, cache[0].length :]
     alone = len(texts) == 1  # then nothing is padded, and the kernel needs no mask
     for start in range(0, ids.shape[1], CHUNK):
