@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from tutorial_lib.interop.pretrained import DTYPES, Pretrained, open_checkpoint, open_pretrained
-from tutorial_lib.serve.layout import lay_out
 from tutorial_lib.tools.devices import pick_device
 
 __all__ = ["Ckpt", "Device", "Dtype", "Model", "open_model"]
@@ -43,7 +42,6 @@ def open_model(
     if (ckpt is None) == (model is None):
         raise ValueError("say which model, one of --ckpt runs/tiny/latest.ckpt and --model smollm2")
     where = pick_device(device)
-    found = open_checkpoint(ckpt, dtype, where) if ckpt is not None else open_pretrained(model, dtype, where)
-    if write:
-        lay_out(found.model)
-    return found
+    if ckpt is not None:
+        return open_checkpoint(ckpt, dtype, where, write)
+    return open_pretrained(model, dtype, where, write)

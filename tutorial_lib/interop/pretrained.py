@@ -19,6 +19,7 @@ from tutorial_lib.interop.hf import load_hf, read_json
 from tutorial_lib.interop.hub import download, looks_like_hub_id
 from tutorial_lib.interop.weights import WeightsError, put
 from tutorial_lib.quant.int8 import put_int8, to_int8
+from tutorial_lib.serve.layout import lay_out, put_laid_out
 from tutorial_lib.serve.template import PLAIN, ChatTemplate
 from tutorial_lib.train.checkpoint import load_model
 
@@ -50,7 +51,9 @@ class Pretrained:
     """Where it was found."""
 
 
-def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str = "cpu") -> Pretrained:
+def open_pretrained(
+    name: str, dtype: str = "fp32", device: torch.device | str = "cpu", to_write: bool = False
+) -> Pretrained:
     """Load a model.
 
     Args:
@@ -58,12 +61,15 @@ def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str =
             `owner/model` on the Hugging Face hub.
         dtype: `fp32`, `bf16`, `fp16` or `int8`.
         device: Where.
+        to_write: It is going to write token by token: its matrices are laid out for that, see `serve.layout`.
 
     Raises:
         WeightsError, CheckpointError, CorpusError, ValueError: if it cannot be had, or is not what it should be.
     """
     path = fetch(name) if name in MODELS else Path(name).expanduser()
-    how = {"dtype": _dtype(dtype), "device": device, "put": put_int8 if dtype == "int8" else put}
+    how = {"dtype": _dtype(dtype), "device": device, "put": put_laid_out if to_write else put}
+    if dtype == "int8":
+        how["put"] = put_int8
     if path.is_dir():
         return _folder(path, how)
     if path.suffix == ".gguf":
@@ -82,7 +88,7 @@ def open_pretrained(name: str, dtype: str = "fp32", device: torch.device | str =
             f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
             "owner/model"
         )
-    return open_checkpoint(path, dtype, device)
+    return open_checkpoint(path, dtype, device, to_write)
 
 
 def _gguf(path: Path, name: str, how: dict[str, Any]) -> Pretrained:
@@ -111,15 +117,11 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def open_checkpoint(
-    path: Path, dtype: str = "fp32", device: torch.device | str = "cpu", ema: bool = True
+    path: Path, dtype: str = "fp32", device: torch.device | str = "cpu", to_write: bool = False
 ) -> Pretrained:
-    """A checkpoint of ours, in the same form.
-
-    Args:
-        ema: Take the average of the weights, if the run kept one.
-    """
+    """A checkpoint of ours, in the same form; the average of its weights, if the run kept one."""
     kind = _dtype(dtype)
-    model, about = load_model(path, device, ema)
+    model, about = load_model(path, device)
     if dtype == "int8":
         if not isinstance(model, Transformer):
             raise WeightsError(
@@ -128,6 +130,8 @@ def open_checkpoint(
         model = to_int8(model)
     else:
         model = model.to(kind)
+        if to_write:
+            lay_out(model)
     name = about.get("tokenizer", "byte")
     tokenizer = load_tokenizer(name, path.parent)
     found = _ready(model, tokenizer, name, _template_in(path.parent), None, path.parent)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["lay_out"]
+from tutorial_lib.interop.weights import put
+
+__all__ = ["lay_out", "put_laid_out"]
 
 
 @torch.no_grad()
@@ -22,11 +24,19 @@ def lay_out(model: nn.Module) -> nn.Module:
     and not at a clock: the same seed has to write the same text tomorrow.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-            if module.out_features >= module.in_features:
-                module.weight.data = _by_columns(module.weight.data)  # a tied table stays tied: one parameter
+        if isinstance(module, nn.Linear):
+            module.weight.data = _ordered(module.weight.data)  # a tied table stays tied: it is one parameter
     return model
 
 
-def _by_columns(weight: Tensor) -> Tensor:
-    return weight.t().contiguous().t()
+def put_laid_out(model: nn.Module, name: str, weight: Tensor) -> None:
+    """Give a model this weight in that order, for `interop.weights.fill`: there is never a second copy of them all."""
+    place, _, leaf = name.rpartition(".")
+    tied = place == "tokens" and model.config.tie_embeddings
+    linear = leaf == "weight" and (tied or isinstance(model.get_submodule(place), nn.Linear))
+    put(model, name, _ordered(weight) if linear else weight)
+
+
+def _ordered(weight: Tensor) -> Tensor:
+    tall = weight.device.type == "cpu" and weight.shape[0] >= weight.shape[1]
+    return weight.t().contiguous().t() if tall else weight
