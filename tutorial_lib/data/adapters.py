@@ -67,15 +67,15 @@ class HuggingFaceTokenizer(_ByBytes):
         self.tokenizer = tokenizer
         tokenizer.no_truncation()  # some files carry what batches were once cut and filled up to
         tokenizer.no_padding()
-        self.rules = json.loads(tokenizer.to_str())
-        self.specials = {t["content"]: t["id"] for t in self.rules["added_tokens"] if t["special"]}
+        rules = self.rules
+        self.specials = {t["content"]: t["id"] for t in rules["added_tokens"] if t["special"]}
         for name in (eos, bos):
             if name is not None and tokenizer.token_to_id(name) is None:
                 raise ValueError(f"the tokenizer has no token {name!r}")
         usual = ("<|eos|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
         self.eos = eos or next((name for name in usual if name in self.specials), None)
         self.bos = bos
-        if not (found := self._all_bytes()):
+        if not (found := self._all_bytes(rules)):
             raise ValueError("the tokenizer has no tokens")
         self._bytes = found
 
@@ -115,6 +115,11 @@ class HuggingFaceTokenizer(_ByBytes):
         write_text(path.with_name("tokenizer_config.json"), json.dumps(about, indent=2) + "\n")
 
     @property
+    def rules(self) -> dict[str, Any]:
+        """All that it is, as `tokenizer.json` says it. Made when asked for: it is large."""
+        return json.loads(self.tokenizer.to_str())
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return max(self._bytes) + 1
@@ -151,8 +156,8 @@ class HuggingFaceTokenizer(_ByBytes):
 
     __hash__ = object.__hash__
 
-    def _all_bytes(self) -> dict[int, bytes]:
-        decoders = self.rules["decoder"] or {}
+    def _all_bytes(self, rules: dict[str, Any]) -> dict[int, bytes]:
+        decoders = rules["decoder"] or {}
         steps = [step.get("type") for step in decoders.get("decoders", [decoders])]
         if "ByteLevel" in steps:
             byte_of = {character: byte for byte, character in gpt2_characters().items()}
@@ -164,7 +169,7 @@ class HuggingFaceTokenizer(_ByBytes):
                 f"its decoder {steps} is not known: byte-level BPE and SentencePiece's with bytes are"
             )
         vocab = self.tokenizer.get_vocab(with_added_tokens=False)
-        added = {t["id"]: t["content"].encode("utf-8") for t in self.rules["added_tokens"]}
+        added = {t["id"]: t["content"].encode("utf-8") for t in rules["added_tokens"]}
         try:
             return {i: spell(token) for token, i in vocab.items() if i not in added} | added
         except KeyError as error:

@@ -199,7 +199,7 @@ def save_gguf(
     Args:
         tokenizer: Goes into the file; without it llama.cpp cannot read a text.
         kind: How matrices are stored, `F32`, `F16` or `Q8_0` (blocks of 32 numbers share a scale: the error is
-            at most 1/254 of the largest among them). Vectors stay in 32 bits, as llama.cpp wants them.
+            at most 1/225 of the largest among them, if that is above 0.008). Vectors stay in 32 bits, as llama.cpp wants them.
 
     Raises:
         WeightsError: if no architecture of llama.cpp computes this model, or a number does not fit into F16.
@@ -255,14 +255,12 @@ def _encode(gguf: Any, name: str, tensor: Tensor, type_: Any) -> np.ndarray:
     numbers = tensor.contiguous().numpy()
     if type_.name == "F32":
         return numbers
-    if type_.name == "F16":
-        largest = float(tensor.abs().max())
-        if largest > torch.finfo(torch.float16).max:
-            raise WeightsError(
-                f"our weight for {name!r} reaches {largest:.3g}, which F16 cannot hold: use F32"
-            )
-        return numbers.astype(np.float16)
-    return gguf.quants.quantize(numbers, type_)
+    largest = float(tensor.abs().max())
+    if largest > torch.finfo(torch.float16).max:  # of Q8_0, the scales are such numbers
+        raise WeightsError(
+            f"our weight for {name!r} reaches {largest:.3g}, which {type_.name} cannot hold: use F32"
+        )
+    return numbers.astype(np.float16) if type_.name == "F16" else gguf.quants.quantize(numbers, type_)
 
 
 def _fields(model: Transformer, arch: str, name: str) -> dict[str, Any]:

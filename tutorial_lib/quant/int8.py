@@ -15,12 +15,19 @@ from tutorial_lib.core.model import Transformer
 
 __all__ = ["Int8Embedding", "Int8Linear", "put_int8", "quantize_rows", "to_int8"]
 
+ROWS = 1024
+"""So many rows are rounded at once: besides the result, there is no second copy of a large table."""
+
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`(rows, n)` to int8 `(rows, n)` and fp32 scales `(rows,)`; no number is off by more than half a scale."""
-    weight = weight.float()
-    scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    q = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(len(weight), device=weight.device)
+    for rows, whole, s in zip(weight.split(ROWS), q.split(ROWS), scale.split(ROWS), strict=True):
+        rows = rows.float()
+        s.copy_(rows.abs().amax(dim=1).clamp(min=1e-12) / 127)
+        whole.copy_((rows / s[:, None]).round())
+    return q, scale
 
 
 class Int8Linear(nn.Module):

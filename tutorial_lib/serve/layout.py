@@ -38,5 +38,9 @@ def put_laid_out(model: nn.Module, name: str, weight: Tensor) -> None:
 
 
 def _ordered(weight: Tensor) -> Tensor:
-    tall = weight.device.type == "cpu" and weight.shape[0] >= weight.shape[1]
-    return weight.t().contiguous().t() if tall else weight
+    rows, columns = weight.shape
+    if weight.device.type != "cpu" or rows < columns or not weight.is_contiguous():
+        return weight
+    numbers = weight.view(-1)
+    numbers.copy_(weight.t().reshape(-1))  # in its own memory: what is freed again is the copy
+    return numbers.view(columns, rows).t()
