@@ -20,6 +20,9 @@ __all__ = ["CUTS", "read_vocabulary", "vocabulary_fields"]
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """GGUF's types of tokens: <|im_start|> and the like are control tokens."""
 
+NO_MERGE = "þ ÿ"
+"""llama.cpp wants a merge at least. This one never happens: no UTF-8 text has the bytes 254 and 255."""
+
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -96,7 +99,7 @@ def read_vocabulary(file: GGUFFile) -> HuggingFaceTokenizer:
     if not all(isinstance(part, list) for part in (tokens, merges, types)) or len(types) != len(tokens):
         raise GGUFError(f"{file.path} is damaged: its tokens, their types and the merges do not fit together")
     try:
-        pairs = [tuple(merge.split(" ")) for merge in merges]
+        pairs = [tuple(merge.split(" ")) for merge in merges if merge != NO_MERGE]
         vocab = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
         tokenizer = _empty(cut, vocab, pairs)
         added = [(token, kind) for token, kind in zip(tokens, types, strict=True) if kind != NORMAL]
@@ -146,8 +149,7 @@ def vocabulary_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.add_bos_token": False,
     }
-    if merges:  # there are no empty arrays
-        fields["tokenizer.ggml.merges"] = merges
+    fields["tokenizer.ggml.merges"] = merges or [NO_MERGE]
     for which in ("eos", "bos"):
         if (name := getattr(tokenizer, which)) is not None:
             fields[f"tokenizer.ggml.{which}_token_id"] = tokenizer.tokenizer.token_to_id(name)
