@@ -1,0 +1,788 @@
+"""Exercises of lesson 3.7, real weights."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tutorial_lib.checks.probes import equals, holds, outcome, randn, same_shape
+from tutorial_lib.checks.spec import Exercise, Failure, Misconception, Probe
+from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.core.rope import RotaryEmbedding, apply_rope, half_to_interleaved, interleaved_to_half
+
+# --- 3.7.a --------------------------------------------------------------------------------------------------
+
+SIZES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+
+
+def _dequantize(
+    raw: Tensor,
+    kind: str,
+    *,
+    fp16: str = "<e",
+    signed: str = "b",
+    halves: Callable[[bytes], list[int]] = lambda b: [x & 15 for x in b] + [x >> 4 for x in b],
+    around: Callable[[int], int] = lambda q: q - 8,
+    m_times_d: bool = False,
+) -> Tensor:
+    """The reference, block by block, and, by its last arguments, what people write in its place."""
+    if kind not in SIZES:
+        raise ValueError(kind)
+    rows = []
+    for row in raw.tolist():
+        numbers: list[float] = []
+        for at in range(0, len(row), SIZES[kind]):
+            block = bytes(row[at : at + SIZES[kind]])
+            (d,) = struct.unpack(fp16, block[:2])
+            if kind == "Q8_0":
+                numbers += [d * q for q in struct.unpack(f"32{signed}", block[2:])]
+            elif kind == "Q4_0":
+                numbers += [d * around(q) for q in halves(block[2:])]
+            else:
+                (m,) = struct.unpack(fp16, block[2:4])
+                numbers += [d * (q + m) if m_times_d else d * q + m for q in halves(block[4:])]
+        rows.append(numbers)
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _decoder(**how: Any) -> Callable[[Tensor, str], Tensor]:
+    return lambda raw, kind: _dequantize(raw, kind, **how)
+
+
+def _in_turns(b: bytes) -> list[int]:
+    return [half for x in b for half in (x & 15, x >> 4)]
+
+
+def _blocks(kind: str, rows: int, n_blocks: int, seed: int = 0) -> Tensor:
+    """Random blocks whose scales are ordinary numbers: uint8 `(rows, n_bytes)`."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(256, (rows, n_blocks, SIZES[kind]), generator=generator, dtype=torch.uint8)
+    scales = randn(rows, n_blocks, 2, seed=seed).half().contiguous().view(torch.uint8)  # (rows, n_blocks, 4)
+    n = 4 if kind == "Q4_1" else 2
+    raw[:, :, :n] = scales[:, :, :n]
+    return raw.flatten(1)
+
+
+def _one(start: str, *scales: float, rest: list[int]) -> Tensor:
+    """One block: its scales, and its first bytes; the others are zero."""
+    head = struct.pack(start, *scales)
+    return torch.tensor([[*head, *rest]], dtype=torch.uint8)
+
+
+def _by_hand(f: Callable, kind: str) -> Tensor:
+    if kind == "Q8_0":
+        return f(_one("<e", 0.5, rest=[1, 2, 255, 128] + [0] * 28), kind)[0, :6]
+    rest = [0xA3, 0x0F] + [0x88] * 14
+    scales = _one("<e", 0.5, rest=rest) if kind == "Q4_0" else _one("<ee", 0.5, -2.0, rest=rest)
+    return f(scales, kind)[0, [0, 1, 2, 16, 17, 18]]
+
+
+def _untouched(f: Callable) -> tuple[Tensor, ...]:
+    kept = []
+    for kind in SIZES:
+        raw = _blocks(kind, 2, 2, seed=3)
+        f(raw, kind)
+        kept.append(raw)
+    return tuple(kept)
+
+
+DEQUANTIZE = Exercise(
+    id="3.7.a",
+    symbol="dequantize",
+    reference=_dequantize,
+    look_again="32 numbers in 20 bytes",
+    probes=[
+        Probe(
+            "shape and dtype",
+            lambda f: tuple(f(_blocks(kind, 3, 2), kind) for kind in SIZES),
+            same_shape,
+            given="three rows of two blocks of each kind",
+        ),
+        Probe(
+            "a block of Q8_0 by hand",
+            lambda f: _by_hand(f, "Q8_0"),
+            equals(digits=3),
+            given="d = 0.5 and the bytes 1, 2, 255, 128, 0, 0, …",
+        ),
+        Probe(
+            "a block of Q4_1 by hand",
+            lambda f: _by_hand(f, "Q4_1"),
+            equals(),
+            given="d = 0.5, m = −2 and the bytes 0xA3, 0x0F, 0x88, …: the numbers 0, 1, 2 and 16, 17, 18",
+        ),
+        Probe(
+            "a block of Q4_0 by hand",
+            lambda f: _by_hand(f, "Q4_0"),
+            equals(),
+            given="d = 0.5 and the bytes 0xA3, 0x0F, 0x88, …: the numbers 0, 1, 2 and 16, 17, 18",
+        ),
+        Probe(
+            "equals the reference: five rows of three blocks",
+            lambda f: tuple(f(_blocks(kind, 5, 3, seed=1), kind) for kind in SIZES),
+            equals(),
+        ),
+        Probe(
+            "rows that are not next to each other in memory",
+            lambda f: tuple(f(_blocks(kind, 6, 2, seed=2)[::2], kind) for kind in SIZES),
+            equals(),
+        ),
+        Probe("the bytes are left alone", _untouched, equals()),
+        Probe(
+            "an unknown kind is a ValueError",
+            lambda f: outcome(lambda: f(_blocks("Q4_0", 1, 10), "Q5_7")),
+            equals(),
+        ),
+    ],
+    misconceptions=[
+        Misconception(
+            "bytes without a sign",
+            _decoder(signed="B"),
+            "The bytes of Q8_0 were taken as 0 to 255. They are signed: 255 means −1, and 128 means −128. Look "
+            "at them as int8.",
+        ),
+        Misconception(
+            "the wrong byte first",
+            _decoder(fp16=">e"),
+            "The two bytes of d were read the other way round. The lower byte comes first, as it does in the "
+            "machine's own memory.",
+        ),
+        Misconception(
+            "halves in turns",
+            _decoder(halves=_in_turns),
+            "You took lower half, upper half, lower half, … as numbers 0, 1, 2, …. The lower halves are the first "
+            "16 numbers of the block and the upper halves the last 16.",
+        ),
+        Misconception(
+            "upper halves first",
+            _decoder(halves=lambda b: [x >> 4 for x in b] + [x & 15 for x in b]),
+            "The first 16 numbers came from the upper halves. Written as text, 0xA3 begins with A; but the lower "
+            "half, 3, is the first number.",
+        ),
+        Misconception(
+            "the upper half not shifted",
+            _decoder(halves=lambda b: [x & 15 for x in b] + [x & 240 for x in b]),
+            "`& 240` keeps the upper half, but where it was: 0xA0 is 160 and not 10. Shift it down by four bits.",
+        ),
+        Misconception(
+            "m times d",
+            _decoder(m_times_d=True),
+            "You computed d · (q + m). In Q4_1 m is a weight already, the smallest of the block: d · q + m.",
+        ),
+        Misconception(
+            "nothing below zero",
+            _decoder(around=lambda q: q),
+            "The 16 levels of Q4_0 lie around zero: take 8 off before you multiply, or all weights of a block "
+            "have the same sign.",
+        ),
+        Misconception(
+            "four bits with a sign",
+            _decoder(around=lambda q: q - 16 if q > 7 else q),
+            "You read the four bits as a signed number (two's complement), where 15 is −1. Q4_0 shifts instead: "
+            "q − 8, so that 0 is the lowest level.",
+        ),
+    ],
+)
+
+
+# --- 3.7.b --------------------------------------------------------------------------------------------------
+
+_TOP = {"tokens": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_INNER = {
+    "norm1": "input_layernorm",
+    "attn.q": "self_attn.q_proj",
+    "attn.k": "self_attn.k_proj",
+    "attn.v": "self_attn.v_proj",
+    "attn.out": "self_attn.o_proj",
+    "norm2": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+def _theirs(ours: str, layer_of: Callable[[str], str] = str, names: Mapping[str, str] = _INNER) -> str:
+    module = ours.removesuffix(".weight")
+    if module in _TOP:
+        return f"{_TOP[module]}.weight"
+    _, layer, piece = module.split(".", 2)
+    return f"model.layers.{layer_of(layer)}.{names[piece]}.weight"
+
+
+def _load_llama(
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    *,
+    swap: tuple[str, str] | None = None,
+    alphabet: bool = False,
+    change: Callable[[str, Tensor, ModelConfig], Tensor] = lambda name, tensor, config: tensor,
+    head_follows: bool = False,
+    shares: bool = False,
+    strict: tuple[str, ...] = ("missing", "extra", "shape"),
+    says_ours: bool = False,
+) -> Transformer:
+    """The reference, and, by its last arguments, what people write in its place."""
+    names = dict(_INNER)
+    if swap:
+        names[swap[0]], names[swap[1]] = names[swap[1]], names[swap[0]]
+    order = [str(i) for i in range(config.n_layers)]
+    layer_of = dict(zip(order, sorted(order), strict=True)).__getitem__ if alphabet else str
+    model, left = Transformer(config), dict(tensors)
+    for name, parameter in model.named_parameters():
+        theirs = _theirs(name, layer_of, names)
+        said = name if says_ours else theirs
+        if theirs not in left:
+            if "missing" in strict:
+                raise ValueError(said)
+            continue
+        tensor = change(name, left.pop(theirs), config)
+        if tensor.shape != parameter.shape and "shape" in strict:
+            raise ValueError(said)
+        if shares:
+            parameter.data = tensor.float()
+        else:
+            with torch.no_grad():
+                parameter.copy_(tensor)
+    if head_follows:
+        model.head.weight = model.tokens.weight
+    if left and "extra" in strict:
+        raise ValueError(", ".join(left))
+    return model
+
+
+def _loader(**how: Any) -> Callable[[dict[str, Tensor], ModelConfig], Transformer]:
+    return lambda tensors, config: _load_llama(tensors, config, **how)
+
+
+def _put_rows(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    heads = {"q": config.n_heads, "k": config.n_kv_heads or config.n_heads}.get(name.split(".")[-2])
+    return tensor if heads is None else interleaved_to_half(tensor, heads)
+
+
+def _transpose(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    square = tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]
+    return tensor.t() if square else tensor
+
+
+def _config(**how: Any) -> ModelConfig:
+    sizes = {"vocab_size": 24, "max_seq_len": 32, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2}
+    return ModelConfig(**{**sizes, "d_mlp": 32, "rope_base": 100_000.0, "d_head": 4, **how})
+
+
+def _checkpoint(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Random tensors under their names, in an order of no use: norms first."""
+    found = {
+        _theirs(name): (randn(*p.shape, seed=seed + i) * 0.3 + (p.ndim == 1)).to(dtype)
+        for i, (name, p) in enumerate(Transformer(config).named_parameters())
+    }
+    return dict(sorted(found.items(), key=lambda item: (item[1].ndim, item[0])))
+
+
+def _who_is_where(f: Callable) -> dict[str, str]:
+    """Each tensor holds one number, its own, in all places: which of them is where?"""
+    config = _config(tie_embeddings=False, n_layers=1)
+    tensors = _checkpoint(config)
+    names = list(tensors)
+    marked = {name: torch.full_like(tensor, float(i)) for i, (name, tensor) in enumerate(tensors.items())}
+    model = f(marked, config)
+    held = {name: float(p.detach().flatten()[0]) for name, p in model.named_parameters()}
+    return {name: names[int(i)] if i in range(len(names)) else "random numbers" for name, i in held.items()}
+
+
+def _in_its_place(yours: Any, expected: Any) -> Failure | None:
+    for name, right in expected.items():
+        if name not in yours:
+            return Failure(f"the model has no weight {name!r} of its own")
+        if yours[name] != right:
+            return Failure(f"our weight {name!r} does not hold {right!r}, but {yours[name]!r}")
+    return None
+
+
+def _logits(f: Callable, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    with torch.no_grad():
+        return f(_checkpoint(config, seed, dtype), config)(torch.arange(10)[None] * 7 % config.vocab_size)
+
+
+def _parameters(f: Callable, config: ModelConfig) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in f(_checkpoint(config), config).named_parameters()}
+
+
+def _place_of(yours: Any, expected: Any) -> Failure | None:
+    judge = equals()
+    for name, right in expected.items():
+        if name not in yours:
+            return Failure(f"the model has no weight {name!r} of its own")
+        if wrong := judge(yours[name], right):
+            return Failure(f"in {name!r}, {wrong.sentence}", wrong.table)
+    return None
+
+
+def _after_a_change(f: Callable) -> tuple[Tensor, Tensor]:
+    config = _config()
+    tensors = _checkpoint(config)
+    model = f(tensors, config)
+    for tensor in tensors.values():
+        tensor.zero_()
+    return model.tokens.weight.detach(), model.blocks[1].mlp.up.weight.detach()
+
+
+def _refusal(f: Callable, damage: Callable[[dict[str, Tensor]], None], name: str) -> str:
+    config = _config()
+    tensors = _checkpoint(config)
+    damage(tensors)
+    try:
+        f(tensors, config)
+    except NotImplementedError:
+        raise
+    except ValueError as error:
+        return "a ValueError with its name" if name in str(error) else "a ValueError without its name"
+    except Exception as error:
+        return f"a {type(error).__name__}"
+    return "no error"
+
+
+def _refuses(what: str, damage: Callable[[dict[str, Tensor]], None], name: str) -> Probe:
+    return Probe(f"{what} is refused", lambda f: _refusal(f, damage, name), equals(), given=name)
+
+
+_DOWN = "model.layers.1.mlp.down_proj.weight"
+
+LOAD = Exercise(
+    id="3.7.b",
+    symbol="load_llama",
+    reference=_load_llama,
+    look_again="Whose weight is whose",
+    probes=[
+        Probe("shape and dtype of the logits", lambda f: _logits(f, _config()), same_shape),
+        Probe(
+            "every tensor in its place",
+            _who_is_where,
+            _in_its_place,
+            given="one layer; each tensor holds a single number in all places, its own",
+        ),
+        Probe("each number where it was", lambda f: _parameters(f, _config()), _place_of),
+        Probe("the logits are right", lambda f: _logits(f, _config(), seed=1), equals(1e-4)),
+        Probe(
+            "an output layer of its own",
+            lambda f: _logits(f, _config(tie_embeddings=False), seed=2),
+            equals(1e-4),
+        ),
+        Probe(
+            "twelve layers, wide heads, as many key heads as query heads",
+            lambda f: _logits(f, _config(n_layers=12, n_kv_heads=None, d_head=8), seed=3),
+            equals(1e-4),
+        ),
+        Probe(
+            "from bf16 to fp32",
+            lambda f: _logits(f, _config(), seed=4, dtype=torch.bfloat16),
+            equals(1e-4),
+        ),
+        Probe("the numbers are the model's own", _after_a_change, equals()),
+        _refuses("a missing tensor", lambda tensors: tensors.pop(_DOWN), _DOWN),
+        _refuses(
+            "a tensor without a place",
+            lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(32, 16)}),
+            "model.layers.2.mlp.up_proj.weight",
+        ),
+        _refuses("another shape", lambda tensors: tensors.update({_DOWN: torch.zeros(32, 16)}), _DOWN),
+        _refuses(
+            "a shape that could be spread out",
+            lambda tensors: tensors.update({_DOWN: torch.zeros(16, 1)}),
+            _DOWN,
+        ),
+        Probe(
+            "the dictionary is left alone",
+            lambda f: (lambda tensors: (f(tensors, _config()), list(tensors))[1])(_checkpoint(_config())),
+            equals(),
+        ),
+    ],
+    misconceptions=[
+        Misconception(
+            "gate and up changed places",
+            _loader(swap=("mlp.gate", "mlp.up")),
+            "gate and up have the same shape, so nothing complains. The gate is the one that goes through SiLU.",
+        ),
+        Misconception(
+            "the norms changed places",
+            _loader(swap=("norm1", "norm2")),
+            "`post_attention_layernorm` comes after the attention, and so before the MLP: it is our norm2. Llama "
+            "has no norm behind a branch.",
+        ),
+        Misconception(
+            "rows put in order that were in order",
+            _loader(change=_put_rows),
+            "You reordered the rows of q and k. That is for files of llama.cpp; Hugging Face's have them in our order.",
+        ),
+        Misconception(
+            "square matrices transposed",
+            _loader(change=_transpose),
+            "You transposed the square matrices. Linear layers are (out, in) on both sides here; only GPT-2's "
+            "files have them the other way, and with a square one no shape tells.",
+        ),
+        Misconception(
+            "the head is always the table",
+            _loader(head_follows=True),
+            "The output layer reuses the table of tokens although this model has its own, `lm_head`: tie them "
+            "only when the configuration says so.",
+        ),
+        Misconception(
+            "layers in the order of the alphabet",
+            _loader(alphabet=True),
+            "You sorted names as text, and there layer 10 comes before layer 2. With up to ten layers nobody "
+            "notices. Take the number out of our name and put it into theirs.",
+        ),
+        Misconception(
+            "somebody else's memory",
+            _loader(shares=True),
+            "The parameters are the file's own tensors: who changes one, changes the other. Copy the numbers.",
+        ),
+        Misconception(
+            "what is missing stays random",
+            _loader(strict=("shape", "extra")),
+            "A tensor that the file lacks is skipped, as `strict=False` does, and that layer keeps its random "
+            "numbers. Say which tensor is missing.",
+        ),
+    ],
+)
+
+
+# --- 3.7.c --------------------------------------------------------------------------------------------------
+
+
+def _put_back(
+    name: str,
+    tensor: Tensor,
+    config: ModelConfig,
+    *,
+    values: bool = False,
+    key_heads: str = "n_kv_heads",
+    queries_only: bool = False,
+    change: Callable[[Tensor, int], Tensor] = interleaved_to_half,
+) -> Tensor:
+    """The reference, and, by its last arguments, what people write in its place."""
+    shared = config.n_kv_heads or config.n_heads
+    heads = {"attn_q": config.n_heads, "attn_k": shared if key_heads == "n_kv_heads" else config.n_heads}
+    if values:
+        heads["attn_v"] = heads["attn_k"]
+    if queries_only:
+        del heads["attn_k"]
+    which = name.split(".")[-2]
+    return change(tensor, heads[which]) if which in heads else tensor
+
+
+def _sorter(**how: Any) -> Callable[[str, Tensor, ModelConfig], Tensor]:
+    return lambda name, tensor, config: _put_back(name, tensor, config, **how)
+
+
+def _one_head(tensor: Tensor, heads: int) -> Tensor:
+    return interleaved_to_half(tensor, 1)
+
+
+def _pairs_reversed(tensor: Tensor, heads: int) -> Tensor:
+    pairs = tensor.reshape(heads, -1, 2, tensor.shape[1])
+    return pairs.flip(2).transpose(1, 2).reshape(tensor.shape)
+
+
+GQA = ModelConfig(vocab_size=8, d_model=32, n_heads=4, n_kv_heads=2, n_layers=1, d_mlp=16)  # C = 8
+FOURS = ModelConfig(vocab_size=8, d_model=16, n_heads=4, n_kv_heads=2, n_layers=1, d_mlp=16)  # C = 4
+
+
+def _rows(n: int, d_model: int = 1) -> Tensor:
+    return torch.arange(n, dtype=torch.float32)[:, None].expand(n, d_model).clone()
+
+
+def _bystanders(f: Callable) -> tuple[Tensor, ...]:
+    shapes = {
+        "token_embd.weight": (8, 32),
+        "blk.0.attn_v.weight": (16, 32),
+        "blk.0.attn_output.weight": (32, 32),
+        "blk.0.ffn_gate.weight": (16, 32),
+        "blk.0.attn_norm.weight": (32,),
+        "output_norm.weight": (32,),
+    }
+    return tuple(f(name, randn(*shape, seed=1), GQA) for name, shape in shapes.items())
+
+
+def _turned_alike(f: Callable) -> Tensor:
+    """Scores of the layer as it should be: rows as llama.cpp has them go in, and come out put back."""
+    x, C = randn(6, 32, seed=2), 8
+    cos, sin = RotaryEmbedding(C)(torch.arange(6))
+    scores = []
+    q, k = randn(32, 32, seed=3), randn(16, 32, seed=4)
+    weights = [
+        f(f"blk.11.attn_{which}.weight", half_to_interleaved(weight, heads), GQA)
+        for which, weight, heads in (("q", q, 4), ("k", k, 2))
+    ]
+    for head in range(4):
+        parts = [w.reshape(-1, C, 32)[i] for w, i in zip(weights, (head, head // 2), strict=True)]
+        q_head, k_head = (apply_rope((x @ part.T)[None, None], cos, sin)[0, 0] for part in parts)
+        scores.append(q_head @ k_head.T / C**0.5)
+    return torch.stack(scores)
+
+
+def _inputs_after_sorting(f: Callable) -> Tensor:
+    tensor = randn(32, 32, seed=5)
+    f("blk.0.attn_q.weight", tensor, GQA)
+    return tensor
+
+
+PUT_BACK = Exercise(
+    id="3.7.c",
+    symbol="put_back",
+    reference=_put_back,
+    look_again="What goes wrong",
+    probes=[
+        Probe(
+            "shape and dtype",
+            lambda f: (
+                f("blk.0.attn_q.weight", randn(32, 32), GQA),
+                f("blk.0.attn_k.weight", randn(16, 32), GQA),
+                f("blk.0.attn_v.weight", randn(16, 32), GQA),
+            ),
+            same_shape,
+        ),
+        Probe(
+            "what is not turned is left alone",
+            _bystanders,
+            equals(),
+            given="the table of tokens, values, the output projection, the gate, two norms; in this order",
+        ),
+        Probe(
+            "queries, heads of four channels",
+            lambda f: f("blk.0.attn_q.weight", _rows(16), FOURS)[:, 0],
+            equals(digits=0),
+            given="rows 0 to 15 of four heads, each row holding its number",
+        ),
+        Probe(
+            "queries, heads of eight channels",
+            lambda f: f("blk.0.attn_q.weight", _rows(32), GQA)[:8, 0],
+            equals(digits=0),
+            given="rows 0 to 31 of four heads, each row holding its number; the first head comes back",
+        ),
+        Probe(
+            "keys, two heads for four of queries",
+            lambda f: f("blk.0.attn_k.weight", _rows(16), GQA)[:, 0],
+            equals(digits=0),
+            given="rows 0 to 15 of two heads, each row holding its number",
+        ),
+        Probe(
+            "as many key heads as query heads",
+            lambda f: f("blk.3.attn_k.weight", _rows(32), ModelConfig(d_model=32, n_heads=4))[:, 0],
+            equals(digits=0),
+            given="n_kv_heads=None, n_heads=4",
+        ),
+        Probe(
+            "heads that are wider than d_model / n_heads",
+            lambda f: f("blk.3.attn_q.weight", _rows(48), ModelConfig(d_model=16, n_heads=4, d_head=12))[
+                :, 0
+            ],
+            equals(digits=0),
+        ),
+        Probe("the scores of a layer are right", _turned_alike, equals(1e-4)),
+        Probe("the tensor is left alone", _inputs_after_sorting, equals()),
+    ],
+    misconceptions=[
+        Misconception(
+            "nothing mended yet",
+            _sorter(values=True, key_heads="n_heads", change=half_to_interleaved),
+            "This is the code as it was given. Begin with the values: RoPE does not turn them.",
+        ),
+        Misconception(
+            "values, too",
+            _sorter(values=True),
+            "Values are not turned by RoPE, so llama.cpp left their rows alone, and so must you.",
+        ),
+        Misconception(
+            "values, and the wrong way",
+            _sorter(values=True, change=half_to_interleaved),
+            "Two bugs are left. Values are not turned by RoPE, so their rows are in order; and (2, C/2) builds "
+            "the file's order, where (C/2, 2) takes it apart.",
+        ),
+        Misconception(
+            "the wrong way round",
+            _sorter(change=half_to_interleaved),
+            "(2, C/2) builds llama.cpp's order out of ours; you want the way back, (C/2, 2). With four channels the "
+            "two are the same, which is why only the larger heads tell.",
+        ),
+        Misconception(
+            "key heads counted like query heads",
+            _sorter(key_heads="n_heads"),
+            "The keys were cut into n_heads pieces, but they have n_kv_heads heads. When the numbers divide, no shape "
+            "tells.",
+        ),
+        Misconception(
+            "keys left alone",
+            _sorter(queries_only=True),
+            "Only the queries were put back. A score pairs channels of a query with channels of a key: both are "
+            "turned, and both were reordered.",
+        ),
+        Misconception(
+            "all heads as one",
+            _sorter(change=_one_head),
+            "You sorted the rows of all heads together, so heads exchange their channels. The order is inside each head.",
+        ),
+        Misconception(
+            "the halves the other way",
+            _sorter(change=_pairs_reversed),
+            "In each pair you put the second channel first. The first of a pair goes to the first half of the head.",
+        ),
+    ],
+)
+
+
+# --- 3.7.d --------------------------------------------------------------------------------------------------
+
+
+def _decode_cost(
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    weight_bytes: int = 4,
+    cache_bytes: int = 4,
+    *,
+    additions: bool = True,
+    mlp: int = 3,
+    scoring_heads: str = "H",
+    cached_heads: str = "G",
+    shares_caches: bool = False,
+    shares_weights: bool = True,
+    tables: str = "head",
+    windows: bool = True,
+    kept: int = 2,
+) -> tuple[int, int]:
+    """The reference, layer by layer, and, by its last arguments, what people write in its place."""
+    H, G = config.n_heads, config.n_kv_heads or config.n_heads
+    C, D = config.d_head or config.d_model // H, config.d_model
+    head = {"head": 1, "both": 1 if config.tie_embeddings else 2, "none": 0 if config.tie_embeddings else 1}
+    matrices, flops, cache = head[tables] * config.vocab_size * D, 0, 0
+    for layer in range(config.n_layers):
+        window = config.window_of(layer) if windows else None
+        K = context if window is None else min(window, context)
+        matrices += D * H * C + D * G * C + D * G * C + H * C * D + mlp * D * config.d_mlp
+        flops += 4 * {"H": H, "G": G}[scoring_heads] * C * K
+        cache += kept * {"H": H, "G": G}[cached_heads] * C * K * cache_bytes
+    flops = batch * (flops + 2 * matrices)
+    weights = matrices * weight_bytes * (1 if shares_weights else batch)
+    return flops if additions else flops // 2, weights + cache * (1 if shares_caches else batch)
+
+
+def _counter(**how: Any) -> Callable[..., tuple[int, int]]:
+    return lambda config, batch, context, weight_bytes=4, cache_bytes=4: _decode_cost(
+        config, batch, context, weight_bytes, cache_bytes, **how
+    )
+
+
+TINY = ModelConfig(vocab_size=10, d_model=4, n_heads=2, n_kv_heads=1, n_layers=1, d_mlp=3)
+SMALL = ModelConfig(vocab_size=100, d_model=24, n_heads=6, n_kv_heads=2, n_layers=3, d_mlp=40)
+
+
+def _costs(f: Callable, config: ModelConfig, *how: int) -> list[int]:
+    return [int(x) for x in f(config, *how)]
+
+
+def _whole(yours: Any) -> str | None:
+    if not isinstance(yours, (tuple, list)) or len(yours) != 2:
+        return "it must return two numbers, FLOPs and bytes"
+    if not all(isinstance(x, int) for x in yours):
+        return f"FLOPs and bytes are whole numbers, but these are {yours[0]!r} and {yours[1]!r}"
+    return None
+
+
+COST = Exercise(
+    id="3.7.d",
+    symbol="decode_cost",
+    reference=_decode_cost,
+    look_again="What a token costs",
+    probes=[
+        Probe("two whole numbers", lambda f: f(TINY, 1, 1), holds(_whole)),
+        Probe(
+            "a tiny model by hand",
+            lambda f: _costs(f, TINY, 1, 5),
+            equals(),
+            given="D = 4, 2 query heads and 1 key head of 2 channels, 1 layer, F = 3, V = 10, 5 keys: 48 + 36 + "
+            "40 = 124 numbers in matrices, so 248 + 4·2·2·5 = 328 FLOPs, and 4·124 + 2·1·2·5·4 = 576 bytes",
+        ),
+        Probe("three layers", lambda f: _costs(f, SMALL, 1, 50), equals()),
+        Probe(
+            "a batch of seven",
+            lambda f: _costs(f, SMALL, 7, 50),
+            equals(),
+            given="the model of the probe before, seven rows",
+        ),
+        Probe(
+            "weights in one byte, the cache in two",
+            lambda f: _costs(f, SMALL, 3, 20, 1, 2),
+            equals(),
+        ),
+        Probe(
+            "an output layer of its own",
+            lambda f: _costs(f, ModelConfig(**{**vars(SMALL), "tie_embeddings": False}), 2, 30),
+            equals(),
+        ),
+        Probe(
+            "as many key heads as query heads, and wide ones",
+            lambda f: _costs(f, ModelConfig(**{**vars(SMALL), "n_kv_heads": None, "d_head": 16}), 2, 30),
+            equals(),
+        ),
+        Probe(
+            "windows, in turns",
+            lambda f: (
+                _costs(f, ModelConfig(**{**vars(SMALL), "window": (8, None)}), 2, 30),
+                _costs(f, ModelConfig(**{**vars(SMALL), "window": 16}), 2, 5),
+            ),
+            equals(),
+            given="windows of 8, none, 8 with 30 keys; and of 16 with 5 keys",
+        ),
+    ],
+    misconceptions=[
+        Misconception(
+            "multiplications only",
+            _counter(additions=False),
+            "Each multiplication is followed by an addition, and a FLOP is either: 2 for each number of a matrix, "
+            "and 4 for each query head, channel and key (scores, then mixing).",
+        ),
+        Misconception(
+            "an MLP of two matrices",
+            _counter(mlp=2),
+            "SwiGLU has three matrices, gate, up and down.",
+        ),
+        Misconception(
+            "scores per key head",
+            _counter(scoring_heads="G"),
+            "Sharing key heads saves memory and no arithmetic: each query head still compares itself with every key.",
+        ),
+        Misconception(
+            "a cache for every query head",
+            _counter(cached_heads="H"),
+            "The cache has the keys and values of the key heads, n_kv_heads of them. That is what they are shared for.",
+        ),
+        Misconception(
+            "keys without values",
+            _counter(kept=1),
+            "The cache has keys and values: two numbers for each head, channel and token.",
+        ),
+        Misconception(
+            "weights for each row",
+            _counter(shares_weights=False),
+            "You had the weights come from memory once for each row of the batch. They come once and serve all "
+            "rows: this is what a batch saves.",
+        ),
+        Misconception(
+            "one cache for all",
+            _counter(shares_caches=True),
+            "Each row has a past of its own, so keys and values come from memory for each row. A batch shares "
+            "weights only.",
+        ),
+        Misconception(
+            "a multiplication with both tables",
+            _counter(tables="both"),
+            "You counted the table of tokens as a matrix besides the output layer. A token takes one row of it, "
+            "which costs nothing; only the output layer is multiplied.",
+        ),
+    ],
+)
+
+EXERCISES = [DEQUANTIZE, LOAD, PUT_BACK, COST]
