@@ -100,10 +100,12 @@ class ChatTemplate:
         names = sorted(tokenizer.specials, key=len, reverse=True)
         if not names:
             return tokenizer.encode(self.write(messages, answer_next))
-        special = regex.compile("|".join(map(regex.escape, names)))
         begins = regex.compile("|".join(f"{regex.escape(n[0])}(?={regex.escape(n[1:])})" for n in names))
         apart = [{**m, "content": begins.sub(rf"\g<0>{MARK}", _clean(m["content"]))} for m in messages]
         text = self.write(apart, answer_next)
+        if MARK not in text:
+            return tokenizer.encode(text, allow_specials=True)
+        special = regex.compile("|".join(map(regex.escape, names)))
         ids: list[int] = []
         at = 0
         for found in special.finditer(text):
