@@ -176,10 +176,7 @@ def _ready(
     if isinstance(tokenizer, HuggingFaceTokenizer):
         specials = {"eos_token": tokenizer.eos or "", "bos_token": tokenizer.bos or ""}
     if isinstance(source, str) and source:
-        return Pretrained(
-            model, tokenizer, tokenizer_name, ChatTemplate(source, specials), frozenset(stops), (), {}, folder
-        )
-    # A model that was never taught to chat would go on with the other's lines.
-    return Pretrained(
-        model, tokenizer, tokenizer_name, ChatTemplate(PLAIN), frozenset(stops), ("\nUser:",), {}, folder
-    )
+        template, stop = ChatTemplate(source, specials), ()
+    else:  # a model that was never taught to chat would go on with the other's lines
+        template, stop = ChatTemplate(PLAIN), ("\nUser:",)
+    return Pretrained(model, tokenizer, tokenizer_name, template, frozenset(stops), stop, folder=folder)
