@@ -152,9 +152,18 @@ class HuggingFaceTokenizer(_ByBytes):
         return token
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, HuggingFaceTokenizer) and self.rules == other.rules
+        return isinstance(other, HuggingFaceTokenizer) and self._essence() == other._essence()
 
     __hash__ = object.__hash__
+
+    def _essence(self) -> tuple[Any, ...]:
+        """What decides the ids. Whether a special is listed among the other tokens as well does not."""
+        rules, vocab = self.rules, self.tokenizer.get_vocab(with_added_tokens=True)
+        added = sorted((t["id"], t["content"], t["special"]) for t in rules["added_tokens"])
+        cut = json.dumps([rules["normalizer"], rules["pre_tokenizer"]]).replace(
+            '"trim_offsets": false', '"trim_offsets": true'
+        )
+        return vocab, added, rules["model"].get("merges"), cut
 
     def _all_bytes(self, rules: dict[str, Any]) -> dict[int, bytes]:
         decoders = rules["decoder"] or {}
