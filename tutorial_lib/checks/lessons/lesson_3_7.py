@@ -95,6 +95,11 @@ DEQUANTIZE = Exercise(
     symbol="dequantize",
     reference=_dequantize,
     look_again="32 numbers in 20 bytes",
+    equivalent_mutants={
+        "`blocks[:, :, 2:4].view(torch.float16).float()` became `blocks[:, :, 2:4].view(torch.float16)`": (
+            "added to fp32, fp16 becomes fp32"
+        ),
+    },
     probes=[
         Probe(
             "shape and dtype",
@@ -534,6 +539,9 @@ PUT_BACK = Exercise(
     symbol="put_back",
     reference=_put_back,
     look_again="What goes wrong",
+    equivalent_mutants={
+        "`pairs.transpose(1, 2)` became `pairs.transpose(2, 1)`": "two dimensions change places, either way",
+    },
     probes=[
         Probe(
             "shape and dtype",
@@ -696,6 +704,9 @@ COST = Exercise(
     symbol="decode_cost",
     reference=_decode_cost,
     look_again="What a token costs",
+    equivalent_mutants={
+        "`min(context, window)` became `min(window, context)`": "the smaller of two has no order",
+    },
     probes=[
         Probe("two whole numbers", lambda f: f(TINY, 1, 1), holds(_whole)),
         Probe(
