@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -224,6 +224,8 @@ PAIRS = BPETokenizer.train("ab abc aab bab € ab€ c😀 abcab bcab" * 3, voca
 @given(
     st.text(LETTERS, min_size=1, max_size=30), st.lists(words, max_size=4), st.sampled_from([BYTES, PAIRS])
 )
+@example("aab", ["b", "ab"], BYTES)  # both end at once
+@example("abcab", ["c", "bca"], PAIRS)
 def test_stop_texts_are_never_shown(text, stop, tokenizer):
     ids, stop = tokenizer.encode(text), tuple(stop)
     reply, _ = say(tokenizer, ids, stop=stop)
