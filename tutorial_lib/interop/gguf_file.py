@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from tutorial_lib.interop.weights import WeightsError
+from tutorial_lib.interop.weights import WeightsError, room
 
 __all__ = ["GGUFError", "GGUFFile", "TensorInfo", "need_gguf"]
 
@@ -33,7 +33,7 @@ STRING, ARRAY = 8, 9
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """The types of tensors that are read."""
 
-CHUNK = 1 << 22
+CHUNK = 1 << 18
 """So many numbers are decoded at once."""
 
 
@@ -195,7 +195,7 @@ class GGUFFile:
         info = self.tensors[name]
         kind = self.gguf.GGMLQuantizationType[info.type]
         rows = math.prod(info.shape[:-1])
-        out = torch.empty(rows, info.shape[-1], dtype=dtype)
+        out = room((rows, info.shape[-1]), dtype)
         step = max(1, CHUNK // info.shape[-1])
         with self.path.open("rb") as file:
             file.seek(info.start)

@@ -23,7 +23,7 @@ from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.interop.families import family
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
 from tutorial_lib.interop.names import HF_GPT2, HF_LLAMA, Rule, rules
-from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, weights_of
+from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, room, weights_of
 
 __all__ = ["hf_config", "load_hf", "read_json", "save_hf"]
 
@@ -94,7 +94,10 @@ def load_hf(
         with safe_open(
             path, framework="pt"
         ) as file:  # what was read of a file counts as ours while it is open
-            return file.get_tensor(theirs).clone()  # the file may change later, the weights must not
+            tensor = file.get_tensor(theirs)
+            return room(tensor.shape, tensor.dtype).copy_(
+                tensor
+            )  # the file may change later, the weights must not
 
     def spare(name: str) -> bool:
         tables = (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import mmap
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.interop.names import Rule
 
-__all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put", "weights_of"]
+__all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put", "room", "weights_of"]
 
 
 class WeightsError(ValueError):
@@ -169,6 +171,16 @@ def fill(
         if model.config.tie_embeddings and isinstance(model.tokens, nn.Embedding):
             model.head.weight = model.tokens.weight
     return model.eval()
+
+
+def room(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor whose memory goes back to the system as soon as nobody uses it any more.
+
+    Of what lies between the weights that stay, malloc gives nothing back: at the end, all that was only there for
+    a moment, an fp32 tensor on its way to int8, would still count.
+    """
+    shape = tuple(shape)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tutorial_lib.core.model import Transformer
 
 __all__ = ["Int8Embedding", "Int8Linear", "put_int8", "quantize_rows", "to_int8"]
 
-ROWS = 1024
+ROWS = 64
 """So many rows are rounded at once: besides the result, there is no second copy of a large table."""
 
 
