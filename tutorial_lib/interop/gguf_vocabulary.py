@@ -90,7 +90,7 @@ def read_vocabulary(file: GGUFFile) -> HuggingFaceTokenizer:
         ) from None
 
     kind, cut = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or cut not in CUTS:
+    if kind != "gpt2" or not isinstance(cut, str) or cut not in CUTS:
         known = ", ".join(f"gpt2/{name}" for name in CUTS)
         raise GGUFError(f"{file.path} has a tokenizer of kind {kind!r:.40}/{cut!r:.40}: known are {known}")
     tokens, merges = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.merges", [])
@@ -111,7 +111,8 @@ def read_vocabulary(file: GGUFFile) -> HuggingFaceTokenizer:
         names = [tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None for i in ends]
         return HuggingFaceTokenizer(tokenizer, *names)
     except Exception as error:  # the package raises nothing more specific
-        raise GGUFError(f"{file.path} has a tokenizer that cannot be built: {error}") from None
+        said = " ".join(str(error).split())[:200]
+        raise GGUFError(f"{file.path} has a tokenizer that cannot be built: {said}") from None
 
 
 def vocabulary_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:

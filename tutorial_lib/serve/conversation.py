@@ -17,6 +17,9 @@ from tutorial_lib.serve.template import ChatTemplate, Message
 
 __all__ = ["Conversation"]
 
+SMALLEST = 1024
+"""Tokens that a cache has room for at first; when a conversation outgrows it, twice as many are read into a new one."""
+
 
 class Conversation:
     """Keeps the messages, and the keys and values of all that was read, so that nothing is read twice.
@@ -53,6 +56,7 @@ class Conversation:
         self.used = 0
         """Tokens that the last question took, with all that was read before it, and its answer."""
         self._cache: list[KVCache] | None = None
+        self._size = 0  # tokens that the cache has room for
         self._rolling = False
         self._held: list[int] = []
         """What the cache holds for sure, in every layer."""
@@ -73,8 +77,8 @@ class Conversation:
         ids, self.forgotten = self._fit(question)
         self.messages += [question, answer]  # both at once: whenever Ctrl-C comes, they take turns
         self.used = len(ids)
-        cache = self._prepare(ids)
         room = min(self.how.max_new_tokens, self.context - len(ids))
+        cache = self._prepare(ids, len(ids) + room)
         request = replace(self.how, ids=ids, max_new_tokens=room)
         with closing(respond(self.model, self.tokenizer, [request], cache)) as steps:
             while True:
@@ -95,26 +99,29 @@ class Conversation:
         """The conversation as ids, short enough that an answer has room; and how many messages are left out."""
         room = min(self.how.max_new_tokens, self.context // 2)
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        forgotten = self.forgotten
+        forgotten, most = self.forgotten, self.context
         while True:
             ids = self.template.encode(self.tokenizer, [*system, *self.messages[forgotten:], question])
-            if len(ids) + room <= self.context:
+            last = forgotten >= len(self.messages)
+            if len(ids) + room <= (self.context if last else most):
                 return ids, forgotten
-            if forgotten >= len(self.messages):
+            most = self.context * 3 // 4  # all that stays will be read anew: let it be for several turns
+            if last:
                 raise ValueError(
                     f"the message has {len(ids):,} tokens with what surrounds it, but only "
                     f"{self.context - room:,} of {self.context:,} are left beside the answer's {room:,}"
                 )
             forgotten += 2  # a question and its answer
 
-    def _prepare(self, ids: list[int]) -> list[KVCache] | None:
-        """The cache, holding as much of `ids` as it can, but not the last."""
+    def _prepare(self, ids: list[int], size: int) -> list[KVCache] | None:
+        """A cache with room for `size` tokens, holding as much of `ids` as it can, but not the last."""
         if not isinstance(self.model, Transformer):
             return None
-        if self._cache is None:
-            cache = self.model.new_cache(1, self.context)
-            self._rolling = any(isinstance(layer, RollingKVCache) for layer in cache)
-            self._cache = cache
+        if self._cache is None or self._size < size:  # a whole context may take more memory than the model
+            self._held = []
+            self._size = min(self.context, max(SMALLEST, 1 << (size - 1).bit_length()))
+            self._cache = self.model.new_cache(1, self._size)
+            self._rolling = any(isinstance(layer, RollingKVCache) for layer in self._cache)
         same = 0
         for old, new in zip(self._held, ids[:-1], strict=False):
             if old != new:

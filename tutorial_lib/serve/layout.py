@@ -24,8 +24,10 @@ def lay_out(model: nn.Module) -> nn.Module:
     and not at a clock: the same seed has to write the same text tomorrow.
     """
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = _ordered(module.weight.data)  # a tied table stays tied: it is one parameter
+        if isinstance(module, nn.Linear) and _is_tall(module.weight):
+            # A copy, since somebody may hold the old one, a state_dict for one. A tied table stays tied: it is one
+            # parameter.
+            module.weight.data = module.weight.data.t().contiguous().t()
     return model
 
 
@@ -34,13 +36,13 @@ def put_laid_out(model: nn.Module, name: str, weight: Tensor) -> None:
     place, _, leaf = name.rpartition(".")
     tied = place == "tokens" and model.config.tie_embeddings
     linear = leaf == "weight" and (tied or isinstance(model.get_submodule(place), nn.Linear))
-    put(model, name, _ordered(weight) if linear else weight)
+    if linear and _is_tall(weight) and weight.is_contiguous():
+        rows, columns = weight.shape
+        numbers = weight.view(-1)
+        numbers.copy_(weight.t().reshape(-1))  # in its own memory: what is freed again is the copy
+        weight = numbers.view(columns, rows).t()
+    put(model, name, weight)
 
 
-def _ordered(weight: Tensor) -> Tensor:
-    rows, columns = weight.shape
-    if weight.device.type != "cpu" or rows < columns or not weight.is_contiguous():
-        return weight
-    numbers = weight.view(-1)
-    numbers.copy_(weight.t().reshape(-1))  # in its own memory: what is freed again is the copy
-    return numbers.view(columns, rows).t()
+def _is_tall(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.shape[0] >= weight.shape[1]
