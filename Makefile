@@ -25,7 +25,7 @@ ifneq ($(filter check-chapter hint,$(firstword $(MAKECMDGOALS))),)
   endif
 endif
 
-.PHONY: help setup tour test test-fast test-notebooks lab check-chapter hint progress \
+.PHONY: help setup tour test test-fast test-notebooks bench lab check-chapter hint progress \
         export exercises notebooks lint format lock clean
 
 help: ## show this list
@@ -62,6 +62,9 @@ test-fast: setup ## the tests that take seconds
 test-notebooks: setup ## every lesson and solution, run from top to bottom by nbval
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 120 -p no:cacheprovider chapters solutions
+
+bench: setup ## SmolLM2 in our Transformer and in transformers: speed and memory, side by side
+	$(PY) benchmarks/pretrained.py $(ARGS)
 
 lab: setup ## open JupyterLab on the course
 	$(BIN)/jupyter lab
