@@ -95,9 +95,12 @@ class HuggingFaceTokenizer(_ByBytes):
             ) from None
         try:
             known = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing more specific
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises nothing more specific; and it panics, at times
+            said = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"{path} is no tokenizer.json that the package tokenizers reads: {error}"
+                f"{path} is no tokenizer.json that the package tokenizers reads: {said}"
             ) from None
         about = read_tokenizer_config(path.parent)
         try:

@@ -30,7 +30,8 @@ __all__ = ["hf_config", "load_hf", "read_json", "save_hf"]
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONV1D = ("c_attn", "c_proj", "c_fc")
 """GPT-2's matrices that are (in, out)."""
-LARGEST_JSON = 1 << 26
+LARGEST_JSON = 1 << 22
+"""Bytes. The index of 40,000 tensors has not more; and read, they can take twenty times as much."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _window(found: Mapping[str, Any], kind: str, where: object) -> int | tuple[i
     windows = tuple(size if layer == "sliding_attention" else None for layer in layers)
     if len(windows) != found.get("num_hidden_layers"):
         raise WeightsError(
-            f"{where} lists {len(windows)} layer_types for {found.get('num_hidden_layers')} layers"
+            f"{where} lists {len(windows)} layer_types for {found.get('num_hidden_layers')!r:.40} layers"
         )
     return windows[0] if len(set(windows)) == 1 else windows
 
