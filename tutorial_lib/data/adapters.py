@@ -224,6 +224,14 @@ class TiktokenTokenizer(_ByBytes):
         self.encoding = encoding
         self.specials = {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set}
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TiktokenTokenizer) and (
+            self.encoding.__getstate__()
+            == other.encoding.__getstate__()  # all of it, or its name in the registry
+        )
+
+    __hash__ = object.__hash__
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
