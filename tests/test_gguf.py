@@ -409,7 +409,7 @@ THEY_READ = {  # their reader takes the rest of a shape from the defaults of its
 
 @pytest.fixture(scope="module")
 def their_gguf():
-    """How transformers loads a GGUF file; two things that it does again and again are remembered."""
+    """How transformers loads a GGUF file; what it does twice, or 397 times, is remembered: it takes a third of the time."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     transformers.utils.logging.disable_progress_bar()
@@ -421,14 +421,17 @@ def their_gguf():
         )
         return model.eval()
 
+    reader = gguf.GGUFReader
+
+    @functools.cache
+    def read_at_once(path: str) -> gguf.GGUFReader:  # 150,000 slices of a memory map take long
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
+            return reader(path)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        patch.setattr(gguf, "GGUFReader", read_at_once)
         patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-        patch.setattr(
-            "transformers.modeling_gguf_pytorch_utils.get_tensor_name_map",
-            gguf.get_tensor_name_map,
-            raising=False,
-        )
         yield load
 
 
@@ -487,11 +490,12 @@ def test_it_is_transformers_smollm2(path, model, tokenizer, their_gguf):
     compared = []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt, allow_specials=True)])
-        wanted = theirs(ids).logits
-        torch.testing.assert_close(model(ids), wanted, atol=1e-4, rtol=0)
         written = torch.stack(list(generate_cached(model, ids, 32, temperature=0)), dim=1)
-        # What they score behind our words, all at once: the same as their own writing, up to the first difference.
-        scores = theirs(torch.cat([ids, written], dim=1)).logits[0, ids.shape[1] - 1 : -1]
+        # What they score before and behind our words, all at once: the same as their own writing, up to the first
+        # difference.
+        scores, n = theirs(torch.cat([ids, written], dim=1)).logits, ids.shape[1]
+        torch.testing.assert_close(model(ids), scores[:, :n], atol=1e-4, rtol=0)
+        scores = scores[0, n - 1 : -1]
         best, chosen = scores.topk(2).values, scores.argmax(-1)
         steps = 0
         for step in range(32):
