@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -303,6 +304,24 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_our_presets(name):
     assert plain(from_hf_config(PUBLISHED[name])) == plain(PRESETS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_not_said_is_asked_for_or_as_transformers_has_it(name):
+    """Each family has defaults of its own, which save_pretrained does not always write."""
+    said = to_hf_config(CONFIGS[name])
+    asked = set()
+    for key in said.keys() - {"model_type"}:
+        left = {k: value for k, value in said.items() if k != key}
+        try:
+            found = plain(from_hf_config(left))
+        except WeightsError as error:
+            assert re.search(f"does not say|{key}|biases", str(error))
+            asked.add(key)
+            continue
+        theirs = transformers.AutoConfig.for_model(**left).to_json_string()
+        assert plain(from_hf_config(json.loads(theirs))) == found, key
+    assert len(asked) < 12
 
 
 even = st.integers(1, 64).map(lambda n: 2 * n)

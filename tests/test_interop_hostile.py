@@ -410,7 +410,7 @@ CONFIGURATIONS = {
     "binary": b"\xff\xfe\x00",
     "a long number": '{"vocab_size": 1' + "0" * 10_000 + "}",
     "huge": " " * ((1 << 22) + 1),
-    "many small things": "[" + "[]," * ((1 << 22) // 3 - 1) + "[]]",
+    "many small things": "[" + "[]," * ((1 << 21) // 3 - 1) + "[]]",
 }
 
 

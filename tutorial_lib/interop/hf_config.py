@@ -53,6 +53,9 @@ def from_hf_config(found: Mapping[str, Any], where: object = "config.json") -> M
             raise WeightsError(f"{where} does not say {name}")
         return found[name]
 
+    def said(name: str, llamas: Any) -> Any:  # the other families have other defaults
+        return found.get(name, llamas) if kind == "llama" else need(name)
+
     tied = found.get("tie_word_embeddings", kind == "gpt2")
     if kind == "gpt2":
         _expect(where, "activation_function", found.get("activation_function", "gelu_new"), "gelu_new")
@@ -84,10 +87,10 @@ def from_hf_config(found: Mapping[str, Any], where: object = "config.json") -> M
     return check_config(
         where,
         vocab_size=need("vocab_size"),
-        max_seq_len=found.get("max_position_embeddings", 2048),
+        max_seq_len=said("max_position_embeddings", 2048),
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=found.get("num_key_value_heads") or n_heads,
+        n_kv_heads=said("num_key_value_heads", None) or n_heads,
         n_layers=need("num_hidden_layers"),
         d_head=None if d_head == usual else d_head,
         d_mlp=need("intermediate_size"),
@@ -137,8 +140,11 @@ def _rope(found: Mapping[str, Any], where: object) -> tuple[float, RopeScaling |
 
 
 def _window(found: Mapping[str, Any], kind: str, where: object) -> int | tuple[int | None, ...] | None:
-    size = found.get("sliding_window")
-    if kind == "llama" or size is None or (kind == "qwen3" and not found.get("use_sliding_window", False)):
+    if kind == "llama" or (kind == "qwen3" and not found.get("use_sliding_window", False)):
+        return None
+    if "sliding_window" not in found:
+        raise WeightsError(f"{where} does not say sliding_window")
+    if (size := found["sliding_window"]) is None:
         return None
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 1 << 27:
         raise WeightsError(
