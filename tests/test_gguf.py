@@ -34,6 +34,7 @@ from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop import gguf_file
 from tutorial_lib.interop.gguf import gguf_config, gguf_tokenizer, load_gguf, save_gguf
 from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile
+from tutorial_lib.interop.gguf_vocabulary import vocabulary_fields
 from tutorial_lib.interop.names import GGUF
 from tutorial_lib.interop.weights import WeightsError
 from tutorial_lib.quant.int8 import to_int8
@@ -526,6 +527,13 @@ def test_the_marks_of_the_chat_are_single_tokens(tokenizer):
     assert tokenizer.eos == "<|im_end|>" and tokenizer.vocab_size == 49152
 
 
+@pytest.mark.slow
+def test_what_we_would_write_of_its_tokenizer_is_what_its_makers_wrote(path, tokenizer):
+    found = GGUFFile(path).metadata
+    for key, value in vocabulary_fields(tokenizer, 49152).items():
+        assert value == (list(found[key]) if isinstance(value, list) else found[key]), key
+
+
 @torch.no_grad()
 def loss(model: Transformer, ids: list[int]) -> float:
     logits = model(torch.tensor([ids[:-1]]))
@@ -606,5 +614,12 @@ def test_loading_takes_hardly_more_memory_than_the_model(tmp_path, path):
     assert run.returncode == 0, run.stderr
     found = {job.rpartition("/")[2]: ratio for job, ratio in map(json.loads, run.stdout.splitlines())}
     assert len(found) == len(jobs) and all(0.9 < ratio for ratio in found.values()), found
-    # Whatever it becomes, a tensor is in memory once as it was in the file.
-    assert all(ratio <= (1.3 if job.endswith("float32|") else 2) for job, ratio in found.items()), found
+    # Whatever it becomes, a tensor is in memory once as it was in the file: of int8, half of this model is one table.
+    most = {
+        "float32|": 1.3,
+        "bfloat16|": 1.7,
+        "int8": 2.7,
+    }  # all of it in fp32 would be 2 and 4 times as much, and more
+    assert all(
+        ratio <= next(v for k, v in most.items() if job.endswith(k)) for job, ratio in found.items()
+    ), found
