@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -23,11 +25,11 @@ def _dequantize(
     raw: Tensor,
     kind: str,
     *,
-    fp16: str = "<e",
     signed: str = "b",
     halves: Callable[[bytes], list[int]] = lambda b: [x & 15 for x in b] + [x >> 4 for x in b],
     around: Callable[[int], int] = lambda q: q - 8,
     m_times_d: bool = False,
+    rounded: Callable[[float], float] = float,
 ) -> Tensor:
     """The reference, block by block, and, by its last arguments, what people write in its place."""
     if kind not in SIZES:
@@ -37,20 +39,26 @@ def _dequantize(
         numbers: list[float] = []
         for at in range(0, len(row), SIZES[kind]):
             block = bytes(row[at : at + SIZES[kind]])
-            (d,) = struct.unpack(fp16, block[:2])
+            (d,) = struct.unpack("<e", block[:2])
             if kind == "Q8_0":
-                numbers += [d * q for q in struct.unpack(f"32{signed}", block[2:])]
+                numbers += [rounded(d * q) for q in struct.unpack(f"32{signed}", block[2:])]
             elif kind == "Q4_0":
-                numbers += [d * around(q) for q in halves(block[2:])]
+                numbers += [rounded(d * around(q)) for q in halves(block[2:])]
             else:
-                (m,) = struct.unpack(fp16, block[2:4])
-                numbers += [d * (q + m) if m_times_d else d * q + m for q in halves(block[4:])]
+                (m,) = struct.unpack("<e", block[2:4])
+                numbers += [
+                    d * (q + m) if m_times_d else rounded(rounded(d * q) + m) for q in halves(block[4:])
+                ]
         rows.append(numbers)
     return torch.tensor(rows, dtype=torch.float32)
 
 
 def _decoder(**how: Any) -> Callable[[Tensor, str], Tensor]:
     return lambda raw, kind: _dequantize(raw, kind, **how)
+
+
+def _to_fp16(x: float) -> float:
+    return struct.unpack("<e", struct.pack("<e", x))[0]
 
 
 def _in_turns(b: bytes) -> list[int]:
@@ -138,8 +146,9 @@ DEQUANTIZE = Exercise(
         Probe("the bytes are left alone", _untouched, equals()),
         Probe(
             "an unknown kind is a ValueError",
-            lambda f: outcome(lambda: f(_blocks("Q4_0", 1, 10), "Q5_7")),
+            lambda f: outcome(lambda: f(_blocks("Q4_0", 1, 170), "Q5_7")),  # whole blocks of any kind
             equals(),
+            given="kind = 'Q5_7'",
         ),
     ],
     misconceptions=[
@@ -148,12 +157,6 @@ DEQUANTIZE = Exercise(
             _decoder(signed="B"),
             "The bytes of Q8_0 were taken as 0 to 255. They are signed: 255 means −1, and 128 means −128. Look "
             "at them as int8.",
-        ),
-        Misconception(
-            "the wrong byte first",
-            _decoder(fp16=">e"),
-            "The two bytes of d were read the other way round. The lower byte comes first, as it does in the "
-            "machine's own memory.",
         ),
         Misconception(
             "halves in turns",
@@ -168,9 +171,15 @@ DEQUANTIZE = Exercise(
             "half, 3, is the first number.",
         ),
         Misconception(
-            "the upper half not shifted",
-            _decoder(halves=lambda b: [x & 15 for x in b] + [x & 240 for x in b]),
-            "`& 240` keeps the upper half, but where it was: 0xA0 is 160 and not 10. Shift it down by four bits.",
+            "eight taken off a byte",
+            _decoder(around=lambda q: (q - 8) % 256),
+            "You took 8 off in uint8, which has nothing below zero: 3 − 8 is 251 there. Convert first, then subtract.",
+        ),
+        Misconception(
+            "computed in fp16",
+            _decoder(rounded=_to_fp16),
+            "The numbers are right and rounded: the arithmetic was done in fp16, which keeps three digits. "
+            "Make d (and m) fp32 before you multiply, not after.",
         ),
         Misconception(
             "m times d",
@@ -307,8 +316,20 @@ def _in_its_place(yours: Any, expected: Any) -> Failure | None:
 
 
 def _logits(f: Callable, config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    model = f(_checkpoint(config, seed, dtype), config)
     with torch.no_grad():
-        return f(_checkpoint(config, seed, dtype), config)(torch.arange(10)[None] * 7 % config.vocab_size)
+        return model(torch.arange(10)[None] * 7 % config.vocab_size)
+
+
+def _what_comes_back(f: Callable) -> str:
+    model = f(_checkpoint(_config()), _config())
+    if not isinstance(model, Transformer):
+        return f"a {type(model).__name__}" + (" (is the return missing?)" if model is None else "")
+    return "a Transformer in " + " and ".join(sorted({str(p.dtype) for p in model.parameters()}))
+
+
+def _as_expected(yours: Any, expected: Any) -> Failure | None:
+    return None if yours == expected else Failure(f"expected {expected}, but it returned {yours}")
 
 
 def _parameters(f: Callable, config: ModelConfig) -> dict[str, Tensor]:
@@ -316,26 +337,46 @@ def _parameters(f: Callable, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _place_of(yours: Any, expected: Any) -> Failure | None:
-    judge = equals()
+    judge = equals(digits=4)
     for name, right in expected.items():
         if name not in yours:
             return Failure(f"the model has no weight {name!r} of its own")
         if wrong := judge(yours[name], right):
             return Failure(f"in {name!r}, {wrong.sentence}", wrong.table)
+    for name in yours:
+        if name not in expected:
+            return Failure(
+                f"the model has a weight {name!r} of its own, but it should be one and the same with the table "
+                "of tokens: the configuration ties them, and a copy would be trained apart"
+            )
     return None
 
 
 def _after_a_change(f: Callable) -> tuple[Tensor, Tensor]:
     config = _config()
     tensors = _checkpoint(config)
-    model = f(tensors, config)
+    model = f(dict(tensors), config)
     for tensor in tensors.values():
         tensor.zero_()
     return model.tokens.weight.detach(), model.blocks[1].mlp.up.weight.detach()
 
 
-def _refusal(f: Callable, damage: Callable[[dict[str, Tensor]], None], name: str) -> str:
-    config = _config()
+_DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def _left_alone(f: Callable) -> str | None:
+    tensors = _checkpoint(_config(), dtype=torch.bfloat16)
+    held, numbers = dict(tensors), {name: tensor.clone() for name, tensor in tensors.items()}
+    f(tensors, _config())
+    if tensors.keys() != held.keys():
+        return f"`tensors` had {len(held)} names before, and now {len(tensors)}: work on a copy of the dictionary"
+    for name, tensor in held.items():
+        if tensors[name] is not tensor or not torch.equal(tensor, numbers[name]):
+            return f"`tensors` holds something else for {name} now"
+    return None
+
+
+def _refusal(f: Callable, damage: Callable[[dict[str, Tensor]], Any], name: str, config: ModelConfig) -> str:
     tensors = _checkpoint(config)
     damage(tensors)
     try:
@@ -343,17 +384,31 @@ def _refusal(f: Callable, damage: Callable[[dict[str, Tensor]], None], name: str
     except NotImplementedError:
         raise
     except ValueError as error:
-        return "a ValueError with its name" if name in str(error) else "a ValueError without its name"
+        return "a ValueError that names it" if name in str(error) else "a ValueError without that name"
     except Exception as error:
         return f"a {type(error).__name__}"
     return "no error"
 
 
-def _refuses(what: str, damage: Callable[[dict[str, Tensor]], None], name: str) -> Probe:
-    return Probe(f"{what} is refused", lambda f: _refusal(f, damage, name), equals(), given=name)
+def _missing(f: Callable) -> dict[str, str]:
+    """One left out in turn: people forget to ask for the norms, or take a missing head for a tied one."""
+    config = _config(tie_embeddings=False)
+    left_out = [_DOWN, "model.layers.0.input_layernorm.weight", "model.norm.weight", "lm_head.weight"]
+    return {name: _refusal(f, lambda t, n=name: t.pop(n), name, config) for name in left_out}
 
 
-_DOWN = "model.layers.1.mlp.down_proj.weight"
+def _refused(yours: Any, expected: Any) -> Failure | None:
+    for name, right in expected.items():
+        if yours[name] != right:
+            return Failure(f"for {name} there was {yours[name]}, expected {right}")
+    return None
+
+
+def _refuses(what: str, damage: Callable[[dict[str, Tensor]], None], name: str, given: str) -> Probe:
+    return Probe(
+        f"{what} is refused", lambda f: {name: _refusal(f, damage, name, _config())}, _refused, given
+    )
+
 
 LOAD = Exercise(
     id="3.7.b",
@@ -361,7 +416,7 @@ LOAD = Exercise(
     reference=_load_llama,
     look_again="Whose weight is whose",
     probes=[
-        Probe("shape and dtype of the logits", lambda f: _logits(f, _config()), same_shape),
+        Probe("a Transformer comes back", _what_comes_back, _as_expected),
         Probe(
             "every tensor in its place",
             _who_is_where,
@@ -386,23 +441,31 @@ LOAD = Exercise(
             equals(1e-4),
         ),
         Probe("the numbers are the model's own", _after_a_change, equals()),
-        _refuses("a missing tensor", lambda tensors: tensors.pop(_DOWN), _DOWN),
+        Probe(
+            "a missing tensor is refused",
+            _missing,
+            _refused,
+            given="a model with an output layer of its own; one tensor is left out, and then another",
+        ),
         _refuses(
             "a tensor without a place",
             lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(32, 16)}),
             "model.layers.2.mlp.up_proj.weight",
+            "a third layer's tensor; the model has two layers",
         ),
-        _refuses("another shape", lambda tensors: tensors.update({_DOWN: torch.zeros(32, 16)}), _DOWN),
+        _refuses(
+            "another shape",
+            lambda tensors: tensors.update({_DOWN: torch.zeros(32, 16)}),
+            _DOWN,
+            "(32, 16) in the place of (16, 32)",
+        ),
         _refuses(
             "a shape that could be spread out",
             lambda tensors: tensors.update({_DOWN: torch.zeros(16, 1)}),
             _DOWN,
+            "(16, 1) in the place of (16, 32)",
         ),
-        Probe(
-            "the dictionary is left alone",
-            lambda f: (lambda tensors: (f(tensors, _config()), list(tensors))[1])(_checkpoint(_config())),
-            equals(),
-        ),
+        Probe("the dictionary is left alone", _left_alone, holds(lambda sentence: sentence)),
     ],
     misconceptions=[
         Misconception(
@@ -486,29 +549,28 @@ def _one_head(tensor: Tensor, heads: int) -> Tensor:
     return interleaved_to_half(tensor, 1)
 
 
-def _pairs_reversed(tensor: Tensor, heads: int) -> Tensor:
-    pairs = tensor.reshape(heads, -1, 2, tensor.shape[1])
-    return pairs.flip(2).transpose(1, 2).reshape(tensor.shape)
-
-
 GQA = ModelConfig(vocab_size=8, d_model=32, n_heads=4, n_kv_heads=2, n_layers=1, d_mlp=16)  # C = 8
 FOURS = ModelConfig(vocab_size=8, d_model=16, n_heads=4, n_kv_heads=2, n_layers=1, d_mlp=16)  # C = 4
+WIDE = ModelConfig(vocab_size=8, d_model=32, n_heads=4, n_kv_heads=2, n_layers=1, d_mlp=16, d_head=16)
+SIX = ModelConfig(vocab_size=8, d_model=24, n_heads=6, n_kv_heads=2, n_layers=1, d_mlp=16, d_head=12)
 
 
-def _rows(n: int, d_model: int = 1) -> Tensor:
-    return torch.arange(n, dtype=torch.float32)[:, None].expand(n, d_model).clone()
+def _rows_of(f: Callable, name: str, n: int, config: ModelConfig) -> Tensor:
+    """Where n rows go: each holds its number."""
+    rows = torch.arange(n, dtype=torch.float32)[:, None].expand(n, config.d_model).clone()
+    return f(name, rows, config)[:, 0]
 
 
-def _bystanders(f: Callable) -> tuple[Tensor, ...]:
+def _bystanders(f: Callable) -> dict[str, Tensor]:
     shapes = {
         "token_embd.weight": (8, 32),
-        "blk.0.attn_v.weight": (16, 32),
-        "blk.0.attn_output.weight": (32, 32),
+        "blk.0.attn_v.weight": (32, 32),  # in two heads or, wrongly, in four: more than four channels each
+        "blk.0.attn_output.weight": (32, 64),
         "blk.0.ffn_gate.weight": (16, 32),
         "blk.0.attn_norm.weight": (32,),
         "output_norm.weight": (32,),
     }
-    return tuple(f(name, randn(*shape, seed=1), GQA) for name, shape in shapes.items())
+    return {name: f(name, randn(*shape, seed=1), WIDE) for name, shape in shapes.items()}
 
 
 def _turned_alike(f: Callable) -> Tensor:
@@ -555,39 +617,38 @@ PUT_BACK = Exercise(
         Probe(
             "what is not turned is left alone",
             _bystanders,
-            equals(),
-            given="the table of tokens, values, the output projection, the gate, two norms; in this order",
+            _place_of,
+            given="the table of tokens, values, the output projection, the gate, two norms",
         ),
         Probe(
             "queries, heads of four channels",
-            lambda f: f("blk.0.attn_q.weight", _rows(16), FOURS)[:, 0],
+            lambda f: _rows_of(f, "blk.0.attn_q.weight", 16, FOURS),
             equals(digits=0),
             given="rows 0 to 15 of four heads, each row holding its number",
         ),
         Probe(
             "queries, heads of eight channels",
-            lambda f: f("blk.0.attn_q.weight", _rows(32), GQA)[:8, 0],
+            lambda f: _rows_of(f, "blk.0.attn_q.weight", 32, GQA)[:8],
             equals(digits=0),
             given="rows 0 to 31 of four heads, each row holding its number; the first head comes back",
         ),
         Probe(
             "keys, two heads for four of queries",
-            lambda f: f("blk.0.attn_k.weight", _rows(16), GQA)[:, 0],
+            lambda f: _rows_of(f, "blk.0.attn_k.weight", 16, GQA),
             equals(digits=0),
             given="rows 0 to 15 of two heads, each row holding its number",
         ),
         Probe(
             "as many key heads as query heads",
-            lambda f: f("blk.3.attn_k.weight", _rows(32), ModelConfig(d_model=32, n_heads=4))[:, 0],
+            lambda f: _rows_of(f, "blk.3.attn_k.weight", 32, ModelConfig(d_model=32, n_heads=4)),
             equals(digits=0),
             given="n_kv_heads=None, n_heads=4",
         ),
         Probe(
-            "heads that are wider than d_model / n_heads",
-            lambda f: f("blk.3.attn_q.weight", _rows(48), ModelConfig(d_model=16, n_heads=4, d_head=12))[
-                :, 0
-            ],
+            "keys, two wide heads for six of queries",
+            lambda f: _rows_of(f, "blk.3.attn_k.weight", 24, SIX),
             equals(digits=0),
+            given="d_model=24, n_heads=6, n_kv_heads=2, d_head=12; rows 0 to 23, each row holding its number",
         ),
         Probe("the scores of a layer are right", _turned_alike, equals(1e-4)),
         Probe("the tensor is left alone", _inputs_after_sorting, equals()),
@@ -608,6 +669,12 @@ PUT_BACK = Exercise(
             _sorter(values=True, change=half_to_interleaved),
             "Two bugs are left. Values are not turned by RoPE, so their rows are in order; and (2, C/2) builds "
             "the file's order, where (C/2, 2) takes it apart.",
+        ),
+        Misconception(
+            "values, and key heads counted like query heads",
+            _sorter(values=True, key_heads="n_heads"),
+            "Two bugs are left. Values are not turned by RoPE, so their rows are in order; and keys have "
+            "n_kv_heads heads.",
         ),
         Misconception(
             "the wrong way round",
@@ -631,11 +698,6 @@ PUT_BACK = Exercise(
             "all heads as one",
             _sorter(change=_one_head),
             "You sorted the rows of all heads together, so heads exchange their channels. The order is inside each head.",
-        ),
-        Misconception(
-            "the halves the other way",
-            _sorter(change=_pairs_reversed),
-            "In each pair you put the second channel first. The first of a pair goes to the first half of the head.",
         ),
     ],
 )
@@ -683,7 +745,7 @@ def _counter(**how: Any) -> Callable[..., tuple[int, int]]:
     )
 
 
-TINY = ModelConfig(vocab_size=10, d_model=4, n_heads=2, n_kv_heads=1, n_layers=1, d_mlp=3)
+TINY = ModelConfig(vocab_size=10, d_model=6, n_heads=3, n_kv_heads=1, n_layers=1, d_mlp=3)
 SMALL = ModelConfig(vocab_size=100, d_model=24, n_heads=6, n_kv_heads=2, n_layers=3, d_mlp=40)
 
 
@@ -693,9 +755,20 @@ def _costs(f: Callable, config: ModelConfig, *how: int) -> list[int]:
 
 def _whole(yours: Any) -> str | None:
     if not isinstance(yours, (tuple, list)) or len(yours) != 2:
-        return "it must return two numbers, FLOPs and bytes"
-    if not all(isinstance(x, int) for x in yours):
-        return f"FLOPs and bytes are whole numbers, but these are {yours[0]!r} and {yours[1]!r}"
+        missing = " (is the return missing?)" if yours is None else ""
+        return f"it returned a {type(yours).__name__}, expected two numbers, FLOPs and bytes{missing}"
+    if not all(isinstance(x, Integral) for x in yours):
+        slash = ": is there a / that should be //?" if any(isinstance(x, float) for x in yours) else ""
+        return (
+            f"FLOPs and bytes must be whole numbers (int), but these are {yours[0]!r} and {yours[1]!r}{slash}"
+        )
+    return None
+
+
+def _same_costs(yours: Any, expected: Any) -> Failure | None:
+    for what, y, right in zip(("FLOPs", "bytes"), yours, expected, strict=True):
+        if y != right:
+            return Failure(f"the {what} differ", {"yours": f"{y} {what}", "expected": f"{right} {what}"})
     return None
 
 
@@ -712,40 +785,51 @@ COST = Exercise(
         Probe(
             "a tiny model by hand",
             lambda f: _costs(f, TINY, 1, 5),
-            equals(),
-            given="D = 4, 2 query heads and 1 key head of 2 channels, 1 layer, F = 3, V = 10, 5 keys: 48 + 36 + "
-            "40 = 124 numbers in matrices, so 248 + 4·2·2·5 = 328 FLOPs, and 4·124 + 2·1·2·5·4 = 576 bytes",
+            _same_costs,
+            given="D = 6, 3 query heads and 1 key head of 2 channels, 1 layer, F = 3, V = 10, 5 keys: 96 + 54 + "
+            "60 = 210 numbers in matrices, so 420 + 4·3·2·5 = 540 FLOPs, and 4·210 + 2·1·2·5·4 = 920 bytes",
         ),
-        Probe("three layers", lambda f: _costs(f, SMALL, 1, 50), equals()),
+        Probe(
+            "three layers",
+            lambda f: _costs(f, SMALL, 1, 50),
+            _same_costs,
+            given="D = 24, 6 query heads and 2 key heads of 4 channels, 3 layers, F = 40, V = 100, 50 keys",
+        ),
         Probe(
             "a batch of seven",
             lambda f: _costs(f, SMALL, 7, 50),
-            equals(),
+            _same_costs,
             given="the model of the probe before, seven rows",
         ),
         Probe(
             "weights in one byte, the cache in two",
             lambda f: _costs(f, SMALL, 3, 20, 1, 2),
-            equals(),
+            _same_costs,
+            given="the same model, three rows, 20 keys",
         ),
         Probe(
             "an output layer of its own",
-            lambda f: _costs(f, ModelConfig(**{**vars(SMALL), "tie_embeddings": False}), 2, 30),
-            equals(),
+            lambda f: _costs(f, replace(SMALL, tie_embeddings=False), 2, 30),
+            _same_costs,
+            given="the same model with tie_embeddings=False, two rows, 30 keys",
         ),
         Probe(
             "as many key heads as query heads, and wide ones",
-            lambda f: _costs(f, ModelConfig(**{**vars(SMALL), "n_kv_heads": None, "d_head": 16}), 2, 30),
-            equals(),
+            lambda f: _costs(f, replace(SMALL, n_kv_heads=None, d_head=16), 2, 30),
+            _same_costs,
+            given="the same model with n_kv_heads=None and d_head=16, two rows, 30 keys",
         ),
         Probe(
             "windows, in turns",
-            lambda f: (
-                _costs(f, ModelConfig(**{**vars(SMALL), "window": (8, None)}), 2, 30),
-                _costs(f, ModelConfig(**{**vars(SMALL), "window": 16}), 2, 5),
-            ),
-            equals(),
-            given="windows of 8, none, 8 with 30 keys; and of 16 with 5 keys",
+            lambda f: _costs(f, replace(SMALL, window=(8, None)), 2, 30),
+            _same_costs,
+            given="the same model with window=(8, None): 8, all and 8 of 30 keys",
+        ),
+        Probe(
+            "a window that is not full yet",
+            lambda f: _costs(f, replace(SMALL, window=16), 2, 5),
+            _same_costs,
+            given="the same model with window=16, and 5 keys",
         ),
     ],
     misconceptions=[
