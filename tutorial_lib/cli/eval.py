@@ -11,6 +11,7 @@ import typer
 
 from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
+from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.source import Source, check_fits, open_source
 from tutorial_lib.data.tokenizers import same_tokenizer
 from tutorial_lib.interop.pretrained import Pretrained
@@ -30,7 +31,9 @@ def source_of(found: Pretrained, dataset: str | None = None) -> Source:
     tokenizer = found.tokenizer_name
     if dataset is not None:
         return open_source(dataset, tokenizer, beside=found.folder)
-    if Path(data["dataset"]).is_dir():  # token shards know their tokenizer, and where it is
+    if (
+        data["dataset"] not in CORPORA and Path(data["dataset"]).expanduser().is_dir()
+    ):  # token shards know their tokenizer, and where it is
         tokenizer = None
     return open_source(
         data["dataset"], tokenizer, data.get("val"), data.get("val_fraction", 0.1), found.folder

@@ -59,7 +59,7 @@ def generate(
         texts = [text for text in texts for _ in range(num_samples)]
         requests = [
             Request(
-                found.tokenizer.encode(text),
+                [*found.starts, *found.tokenizer.encode(text)],
                 max_new_tokens,
                 temperature,
                 top_k,

@@ -128,6 +128,12 @@ class HuggingFaceTokenizer(_ByBytes):
         return max(self._bytes) + 1
 
     @property
+    def starts(self) -> list[int]:
+        """What it puts before a text if it is asked to: BOS, or nothing. `encode` never does."""
+        ids = self.tokenizer.encode("").ids
+        return ids if self.bos is not None and ids == [self.tokenizer.token_to_id(self.bos)] else []
+
+    @property
     def eos_id(self) -> int | None:
         """The id of the token that ends a text."""
         return None if self.eos is None else self.tokenizer.token_to_id(self.eos)
@@ -166,7 +172,7 @@ class HuggingFaceTokenizer(_ByBytes):
         cut = json.dumps([rules["normalizer"], rules["pre_tokenizer"]]).replace(
             '"trim_offsets": false', '"trim_offsets": true'
         )
-        return vocab, added, rules["model"].get("merges"), cut
+        return vocab, added, rules["model"].get("merges"), rules["model"].get("ignore_merges"), cut
 
     def _all_bytes(self, rules: dict[str, Any]) -> dict[int, bytes]:
         decoders = rules["decoder"] or {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tutorial_lib.data.adapters import HuggingFaceTokenizer, TiktokenTokenizer
+from tutorial_lib.data.adapters import HuggingFaceTokenizer, TiktokenTokenizer, as_huggingface
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import fetch
 from tutorial_lib.data.protocol import Tokenizer, token_bytes
@@ -76,8 +76,13 @@ def _from_file(path: Path) -> Tokenizer:
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether both give every text the same ids."""
-    if isinstance(a, (HuggingFaceTokenizer, TiktokenTokenizer)):
+    if isinstance(a, TiktokenTokenizer):
         return a == b
+    if isinstance(a, HuggingFaceTokenizer) or isinstance(b, HuggingFaceTokenizer):
+        try:  # ours may be the same, said in other words
+            return as_huggingface(a) == as_huggingface(b)
+        except ValueError:
+            return False
     return type(a) is type(b) and all(
         getattr(a, what, None) == getattr(b, what, None) for what in ("ranks", "pattern", "specials")
     )

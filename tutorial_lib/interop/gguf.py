@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,10 @@ def save_gguf(
         raise WeightsError("llama.cpp computes Llama and Qwen3 without a window: this model has one")
     arch = family(config)
     weights = weights_of(model)
-    with beside(path) as place:
-        writer = gguf.GGUFWriter(place, arch)
+    with (
+        beside(path) as place,
+        closing(gguf.GGUFWriter(place, arch)) as writer,
+    ):  # Windows removes no open file
         fields = _fields(model, arch, name)
         if tokenizer is not None:
             fields |= vocabulary_fields(tokenizer, config.vocab_size)
@@ -237,7 +240,6 @@ def save_gguf(
         for rule in found:
             tensor = rule.join([weights[own].detach().float().cpu() for own in rule.ours])
             writer.write_tensor_data(_encode(gguf, rule.theirs, tensor, _type(gguf, tensor.shape, kind)))
-        writer.close()
     return path
 
 

@@ -109,6 +109,11 @@ def read_vocabulary(file: GGUFFile) -> HuggingFaceTokenizer:
                 (tokenizer.add_special_tokens if kind == CONTROL else tokenizer.add_tokens)([special])
         ends = [file.metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eos", "bos")]
         names = [tokens[i] if isinstance(i, int) and 0 <= i < len(tokens) else None for i in ends]
+        if names[1] is not None and file.get("tokenizer.ggml.add_bos_token", cut == "llama-bpe"):
+            from tokenizers.processors import TemplateProcessing
+
+            first = [(names[1], ends[1])]
+            tokenizer.post_processor = TemplateProcessing(single=f"{names[1]} $A", special_tokens=first)
         return HuggingFaceTokenizer(tokenizer, *names)
     except Exception as error:  # the package raises nothing more specific
         said = " ".join(str(error).split())[:200]
@@ -131,6 +136,11 @@ def vocabulary_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         raise WeightsError(
             f"llama.cpp has no name for how this tokenizer cuts a text: known are {', '.join(CUTS)}"
         )
+    if bool(rules["model"].get("ignore_merges")) != (cut == "llama-bpe"):
+        raise WeightsError(
+            f"llama.cpp cuts as {cut}, and takes whole chunks that are tokens {'as' if cut == 'llama-bpe' else 'not as'} "
+            "they are: this tokenizer does otherwise (ignore_merges)"
+        )
     if tokenizer.vocab_size > vocab_size:
         raise WeightsError(
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model only {vocab_size:,} rows"
@@ -148,7 +158,7 @@ def vocabulary_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.pre": cut,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_bos_token": bool(tokenizer.starts),
     }
     fields["tokenizer.ggml.merges"] = merges or [NO_MERGE]
     for which in ("eos", "bos"):

@@ -184,7 +184,7 @@ def save_hf(
     Raises:
         WeightsError: if no family computes this model, or the folder is there and not empty.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # "." has no name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{folder} is there already, and not empty: choose another name, or remove it")
     about = to_hf_config(model.config)
@@ -198,7 +198,10 @@ def save_hf(
             about["eos_token_id"] = theirs.eos_id
         _write_weights(model, place, dtype, shard_bytes)
         (place / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        os.replace(place, folder)  # over an empty folder, too
+        if not folder.exists():
+            os.replace(place, folder)
+        for file in sorted(place.glob("*"), key=lambda file: file.name == "config.json"):  # that one last
+            os.replace(file, folder / file.name)  # an empty folder stays: Windows renames over none
     finally:
         shutil.rmtree(place, ignore_errors=True)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tutorial_lib.interop.hub import download, looks_like_hub_id
 from tutorial_lib.interop.weights import WeightsError, put
 from tutorial_lib.quant.int8 import put_int8, to_int8
 from tutorial_lib.serve.layout import lay_out, put_laid_out
-from tutorial_lib.serve.template import PLAIN, ChatTemplate
+from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
 from tutorial_lib.train.checkpoint import load_model
 
 __all__ = ["DTYPES", "Pretrained", "open_checkpoint", "open_pretrained"]
@@ -49,6 +50,11 @@ class Pretrained:
     """What a checkpoint of ours says about itself."""
     folder: Path = Path()
     """Where it was found."""
+
+    @property
+    def starts(self) -> list[int]:
+        """What stood before every text that the model was trained on: BOS, with Llama and Mistral."""
+        return self.tokenizer.starts if isinstance(self.tokenizer, HuggingFaceTokenizer) else []
 
 
 def open_pretrained(
@@ -95,7 +101,9 @@ def _gguf(path: Path, name: str, how: dict[str, Any]) -> Pretrained:
     file = GGUFFile(path)
     tokenizer = gguf_tokenizer(file)
     source = file.metadata.get("tokenizer.chat_template")
-    return _ready(load_gguf(file, **how), tokenizer, name, source, None, path.parent)
+    ends = [file.metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eot", "eom")]
+    ends = [i for i in ends if isinstance(i, int)]  # of a turn, of a message: Llama 3 ends an answer so
+    return _ready(load_gguf(file, **how), tokenizer, name, source, ends, path.parent)
 
 
 def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
@@ -176,7 +184,17 @@ def _ready(
     if isinstance(tokenizer, HuggingFaceTokenizer):
         specials = {"eos_token": tokenizer.eos or "", "bos_token": tokenizer.bos or ""}
     if isinstance(source, str) and source:
-        template, stop = ChatTemplate(source, specials), ()
+        template, stop = _template(source, specials), ()
     else:  # a model that was never taught to chat would go on with the other's lines
         template, stop = ChatTemplate(PLAIN), ("\nUser:",)
     return Pretrained(model, tokenizer, tokenizer_name, template, frozenset(stops), stop, folder=folder)
+
+
+def _template(source: str, specials: dict[str, str]) -> ChatTemplate:
+    """A template that cannot be read is an error when it is asked for, and not before: one can do without it."""
+    try:
+        return ChatTemplate(source, specials)
+    except TemplateProblem as error:
+        template = ChatTemplate(f"{{{{ raise_exception({json.dumps(str(error))}) }}}}")
+        template.source = source
+        return template

@@ -180,7 +180,11 @@ def room(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
     a moment, an fp32 tensor on its way to int8, would still count.
     """
     shape = tuple(shape)
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+    # Unless told otherwise, Python shares such memory with forked processes: what a child writes, its parent would see.
+    own = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON} if hasattr(mmap, "MAP_PRIVATE") else {}
+    )  # Windows: neither
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **own), dtype=dtype).view(shape)
 
 
 def _own(tensor: Tensor) -> Tensor:

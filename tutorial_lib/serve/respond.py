@@ -65,6 +65,8 @@ class Request:
             raise ValueError(f"top_p is {self.top_p}, but is a probability: above 0, at most 1")
         if not self.penalty > 0:
             raise ValueError(f"the repetition penalty is {self.penalty}, but must be above 0 (1 is none)")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}, but must fit into 64 bits")
         if "" in self.stop:
             raise ValueError("a stop text is empty, which would be found at once")
 
@@ -148,7 +150,7 @@ def respond(
     known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
     texts = [list(request.ids) for request in requests]
     room = max((request.max_new_tokens for request in requests), default=0)
-    longest = max(map(len, texts), default=0) + room
+    longest = max((len(r.ids) + r.max_new_tokens for r in requests), default=0)
     if isinstance(model, Transformer) and (cache is not None or longest <= model.config.max_seq_len):
         steps = _cached(model, texts, room, cache)
     else:

@@ -23,7 +23,7 @@ ROLES = ("system", "user", "assistant")
 
 PLAIN = """
 {%- for message in messages -%}
-{{ message['role'] | capitalize }}: {{ message['content'] }}
+{{ message['role'] | capitalize }}: {{ message['content'] | trim }}
 
 {% endfor -%}
 {%- if add_generation_prompt -%}

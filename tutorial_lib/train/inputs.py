@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING
 from tutorial_lib.config import Config, ConfigError
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.adapters import as_huggingface
+from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.source import Source, open_source
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.data.tokenizers import same_tokenizer
 from tutorial_lib.settings import ModelTable
+from tutorial_lib.train.checkpoints import CheckpointError
 
 if TYPE_CHECKING:
     from tutorial_lib.interop.pretrained import Pretrained
@@ -21,17 +24,27 @@ if TYPE_CHECKING:
 __all__ = ["in_a_file", "open_text", "pretrained", "save_tokenizer"]
 
 
-def pretrained(config: Config) -> Pretrained | None:
+def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained | None:
     """The model that `train.init_from` names; its shape and its tokenizer's name are put into the configuration.
+
+    Args:
+        checkpoints: Of the run that goes on: they have all that is needed, should that model be gone.
 
     Raises:
         ConfigError: if it does not go with the rest of the configuration.
     """
     if config.train.init_from is None:
         return None
-    from tutorial_lib.interop.pretrained import open_pretrained  # it knows all formats, which others need not
+    from tutorial_lib.interop.pretrained import open_checkpoint, open_pretrained  # they know all formats
 
-    found = open_pretrained(config.train.init_from)
+    for path in checkpoints:
+        with suppress(CheckpointError):  # the one before it may be whole
+            found = open_checkpoint(path)
+            own = path.parent / found.tokenizer_name
+            config.data.tokenizer = str(own) if own.is_file() else found.tokenizer_name
+            break
+    else:
+        found = open_pretrained(config.train.init_from)
     if not isinstance(found.model, Transformer):
         raise ConfigError(
             f"train.init_from {config.train.init_from} is a {type(found.model).__name__}, no Transformer"
@@ -43,7 +56,9 @@ def pretrained(config: Config) -> Pretrained | None:
             f"train.seq_len is {config.train.seq_len}, but the positions of {config.train.init_from} end at "
             f"{config.model.max_seq_len}"
         )
-    if config.data.tokenizer is None and not Path(config.data.dataset).is_dir():
+    dataset = config.data.dataset
+    shards = dataset not in CORPORA and Path(dataset).expanduser().is_dir()  # they know their tokenizer
+    if config.data.tokenizer is None and not shards:
         config.data.tokenizer = found.tokenizer_name
     return found
 

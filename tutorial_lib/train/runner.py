@@ -112,7 +112,7 @@ def train_run(config: Config, resume: bool = False, console: Console | None = No
             f"{folder} has {names[0]} but no step_….ckpt, which a run goes on from: "
             "rename it to step_00000000.ckpt, with its step, or choose another log.name"
         )
-    start_with = pretrained(config)
+    start_with = pretrained(config, checkpoints.files() if resume else ())
     source = open_text(config, tell, start_with)
     val_tokens = source.val
     for tokens, what in ((source.train, "train on"), (val_tokens, "validate on")):
