@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tutorial_lib.interop.weights import put
+from tutorial_lib.interop.weights import put, room
 
 __all__ = ["lay_out", "put_laid_out"]
 
@@ -36,11 +36,8 @@ def put_laid_out(model: nn.Module, name: str, weight: Tensor) -> None:
     place, _, leaf = name.rpartition(".")
     tied = place == "tokens" and model.config.tie_embeddings
     linear = leaf == "weight" and (tied or isinstance(model.get_submodule(place), nn.Linear))
-    if linear and _is_tall(weight) and weight.is_contiguous():
-        rows, columns = weight.shape
-        numbers = weight.view(-1)
-        numbers.copy_(weight.t().reshape(-1))  # in its own memory: what is freed again is the copy
-        weight = numbers.view(columns, rows).t()
+    if linear and _is_tall(weight):
+        weight = room((weight.shape[1], weight.shape[0]), weight.dtype).copy_(weight.t()).t()
     put(model, name, weight)
 
 
