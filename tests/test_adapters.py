@@ -304,7 +304,8 @@ def test_tokenizers_that_differ():
         assert not same_tokenizer(make(own), make(other))
         assert not same_tokenizer(make(own), make(BPETokenizer(own.ranks, ["<|eos|>"])))
         assert not same_tokenizer(make(own), make(BPETokenizer(own.ranks, NAMES, r"\S+|\s+")))
-        assert not same_tokenizer(make(own), own) and not same_tokenizer(own, make(own))
+        said_again = make is as_huggingface  # the same, in other words; tiktoken's insides cannot be seen
+        assert same_tokenizer(make(own), own) == same_tokenizer(own, make(own)) == said_again
     assert len({id(KNOWN[name]) for name in KNOWN}) == len(KNOWN) == len(set(KNOWN.values()))
     for cut in CUTS:
         assert [c for c in CUTS if same_tokenizer(KNOWN[c], KNOWN[cut])] == [cut]

@@ -84,15 +84,16 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def end(self) -> int:
-        for _ in range(300):
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 return os.waitstatus_to_exitcode(status)
-            if select.select([self.fd], [], [], 0.1)[0]:
-                try:
+            try:
+                if select.select([self.fd], [], [], 0.1)[0]:
                     self.seen += os.read(self.fd, 1 << 16).decode("utf-8", errors="replace")
-                except OSError:
-                    pass
+            except OSError:  # it has let go of the terminal, and is still tidying up
+                time.sleep(0.1)
         os.kill(self.pid, signal.SIGKILL)
         raise AssertionError(f"it did not end: {self.seen[-300:]!r}")
 
