@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from interop_models import CONFIGS, ours, same_weights
+from torch.overrides import TorchFunctionMode
 
-from tutorial_lib.core.decoding import generate_cached
+from tutorial_lib.core.decoding import generate_cached, left_pad
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.data.tokenize import ByteTokenizer
@@ -18,7 +19,7 @@ from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.quant.int8 import to_int8
 from tutorial_lib.serve.layout import lay_out, put_laid_out
 
-MODELS = ["llama", "llama3", "qwen3", "gpt2"]
+MODELS = ["llama", "llama3", "qwen3", "qwen3-windows", "gpt2"]
 each_model = pytest.mark.parametrize("name", MODELS)
 IDS = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(0))
 
@@ -41,8 +42,17 @@ def test_the_numbers_are_the_same_and_only_the_strides_are_not(name):
     assert same_weights(plain, model)
     assert (model.head.weight is model.tokens.weight) == CONFIGS[name].tie_embeddings
     turned = set()
+    for block in model.blocks:
+        if CONFIGS[name].bias:  # it keeps them apart
+            continue
+        for group in [(block.attn.q, block.attn.k, block.attn.v), (block.mlp.gate, block.mlp.up)]:
+            rows = sum(member.out_features for member in group)
+            assert [member.weight.stride() for member in group] == [(1, rows)] * len(group)
+            assert len({member.weight.untyped_storage().data_ptr() for member in group}) == 1
+            turned.update(member.weight for member in group)
     for module_name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module.out_features >= module.in_features:
+        alone = isinstance(module, torch.nn.Linear) and module.weight not in turned
+        if alone and module.out_features >= module.in_features:
             assert module.weight.stride() == (1, module.out_features), module_name
             turned.add(module.weight)
     assert all(p.is_contiguous() for p in model.parameters() if p not in turned) and len(turned) > 9
@@ -62,6 +72,48 @@ def test_it_says_the_same(name):
         torch.stack(list(generate_cached(m.double(), IDS, 12, temperature=0))) for m in (plain, model)
     )
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "linear", "mistral", "qwen3", "qwen3-windows"])
+def test_prompts_of_different_lengths(name):
+    plain, model = pair(name)
+    ids, positions = left_pad([[5, 7, 9], list(range(1, 12)), [3]])
+    one, other = (list(generate_cached(m, ids, 14, positions, temperature=0)) for m in (plain, model))
+    assert torch.equal(torch.stack(one), torch.stack(other))
+
+
+def test_one_token_takes_fewer_products():
+    config = CONFIGS["qwen3"]
+    model = lay_out(ours(config))
+    seen: list[int] = []
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.linear:
+                seen.append(args[1].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Count():
+        cache = model.new_cache(1, 8)
+        model(IDS[:1, :4], cache=cache)
+        assert len(seen) == 6 * config.n_layers + 1  # q · k · v · out · gate and up · down
+        seen.clear()
+        model(IDS[:1, 4:5], cache=cache)
+        assert len(seen) == 4 * config.n_layers + 1  # q, k, v · out · gate and up · down
+
+
+def test_a_weight_that_was_replaced_is_the_one_that_is_read():
+    plain, model = pair("llama")
+    with torch.no_grad():
+        for m in (plain, model):
+            for layer, name in ((m.blocks[1].attn, "k"), (m.blocks[0].mlp, "up"), (m.blocks[2].attn, "q")):
+                linear = getattr(layer, name)
+                linear.weight = torch.nn.Parameter(linear.weight.flip(0).contiguous())
+            m.blocks[2].attn.v.weight.mul_(2)  # in place
+        caches = [m.new_cache(2, 20) for m in (plain, model)]
+        for piece in IDS.split([3, 1, 1, 1, 14], dim=1):
+            a, b = (m(piece, cache=cache) for m, cache in zip((plain, model), caches, strict=True))
+            assert (a - b).abs().max() < 1e-4 * a.abs().max()
 
 
 @each_model
@@ -101,8 +153,10 @@ def test_what_is_saved_comes_back(name, tmp_path):
     before = order(turned)
     turned.load_state_dict(plain.state_dict())
     assert order(turned) == before and same_weights(turned, plain)
-    half = model.to(torch.bfloat16)
-    assert order(half) == order(turned) and same_weights(half, plain.to(torch.bfloat16))
+    half = model.to(torch.bfloat16)  # what was stacked is not any more
+    assert order(half).keys() == order(turned).keys() and same_weights(half, plain.to(torch.bfloat16))
+    with torch.no_grad():
+        assert half(IDS[:, :1], cache=half.new_cache(2, 4)).isfinite().all()
 
 
 @each_model
