@@ -181,6 +181,31 @@ def test_export_and_back(folder, tmp_path, monkeypatch):
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_a_model_whose_texts_began_with_bos(folder, text):
+    """It is evaluated as it was trained."""
+    tokenizers = pytest.importorskip("tokenizers")
+    llama = shutil.copytree(folder, text.parent / "llama")
+    theirs = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
+    bos = theirs.token_to_id("<|im_start|>")
+    theirs.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    theirs.save(str(llama / "tokenizer.json"))
+    about = json.loads((llama / "tokenizer_config.json").read_text()) | {"bos_token": "<|im_start|>"}
+    (llama / "tokenizer_config.json").write_text(json.dumps(about))
+    words = ["--data", text, "--json", "--seq-len", "32"]
+    with_bos, without = (json.loads(run("eval", "--model", f, *words).stdout) for f in (llama, folder))
+    ids = torch.tensor(list(text.read_bytes()))
+    ids = ids[len(ids) - len(ids) // 10 :]
+    windows = ids[: (len(ids) - 1) // 32 * 32].view(-1, 32)
+    labels = ids[1 : windows.numel() + 1].view(-1, 32)
+    with torch.no_grad():
+        logits = load_hf(folder)(torch.cat([torch.full((len(windows), 1), bos), windows], dim=1))[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()
+    assert with_bos["tokens"] == without["tokens"] == windows.numel()
+    assert with_bos["loss"] == pytest.approx(expected, abs=1e-4) != without["loss"]
+
+
 @pytest.fixture
 def text(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -217,5 +242,8 @@ def test_it_trains_and_goes_out_again(folder, text):
     assert wrong.exit_code == 2 and "another tokenizer" in wrong.output
     wrong = run("train", "train.init_from=nowhere", *overrides, "log.name=w")
     assert wrong.exit_code == 2 and "there is no model 'nowhere'" in wrong.output
+    assert not Path("runs/w").exists()
+    wrong = run("train", f"train.init_from={folder}", *overrides, "model.dropout=0.1", "log.name=w")
+    assert wrong.exit_code == 2 and "model.dropout is 0.1, but" in wrong.output and "with 0.0" in wrong.output
     assert not Path("runs/w").exists()
     assert "parameters" in run("train", f"train.init_from={folder}", *overrides, "--dry-run").output

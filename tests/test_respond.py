@@ -352,3 +352,20 @@ def test_the_model_can_be_trained_afterwards_and_in_between():
     left = [*model.parameters(), *model.buffers(), *(layer.keys for layer in cache)]
     assert not any(tensor.is_inference() for tensor in left)
     assert not any(layer.keys.requires_grad for layer in cache)
+
+
+def test_a_row_that_stands_for_no_token_says_nothing():
+    """Vocabularies have gaps, and a model has a row for each."""
+
+    class WithGaps(ByteTokenizer):
+        def decode(self, ids):
+            if any(256 <= i for i in ids):
+                raise ValueError("outside the vocabulary")
+            return super().decode(ids)
+
+    model = build()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[256] = model.hidden(torch.tensor([prompt(5)]))[0, -1]
+    (reply,) = complete(model, WithGaps(["<|eos|>"]), [Request(prompt(5), 1, temperature=0)])
+    assert reply == Reply([256], "", "length")

@@ -100,12 +100,19 @@ LIKE_QWEN_3 = """{%- set ns = namespace(multi_step=true, last=messages|length - 
 {%- endif %}
 """
 
+LIKE_SMOLLM_3 = """{% for message in messages %}{% if message.role == 'assistant' -%}
+    {% generation %}{{ '<|begin|>' + message.content + '<|end|>' }}{% endgeneration %}
+{%- else %}{{ message.role + ': ' + message.content }}{% endif %}
+{% endfor %}
+"""
+
 TEMPLATES = {
     "plain": PLAIN,
     "chatml": CHATML,
     "llama 3": LIKE_LLAMA_3,
     "mistral": LIKE_MISTRAL,
     "qwen 3": LIKE_QWEN_3,
+    "smollm 3": LIKE_SMOLLM_3,
 }
 each_template = pytest.mark.parametrize("name", TEMPLATES)
 SPECIALS = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}

@@ -62,7 +62,7 @@ def _explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, DivergedError):
         return FAILED, text
     if isinstance(error, SafetensorError):  # it only writes here; what it cannot read is a CheckpointError
-        return FAILED, f"a checkpoint could not be written, the ones before it are whole: {text[:200]}"
+        return FAILED, f"a file of weights could not be written, and those before it are whole: {text[:200]}"
     if isinstance(error, (CorpusError, ImportError, ValueError)):
         return BAD_INPUT, text
     if isinstance(error, OSError) and error.errno is None:  # one of our own sentences

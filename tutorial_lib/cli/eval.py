@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from torch import Tensor, nn
 
 from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
@@ -40,6 +42,18 @@ def source_of(found: Pretrained, dataset: str | None = None) -> Source:
     )
 
 
+class _Started(nn.Module):
+    """A model, with what stood before every text that it was trained on (BOS) before every window."""
+
+    def __init__(self, model: nn.Module, starts: list[int]) -> None:
+        super().__init__()
+        self.model, self.starts = model, starts
+
+    def forward(self, ids: Tensor) -> Tensor:
+        starts = torch.tensor(self.starts, device=ids.device).expand(len(ids), -1)
+        return self.model(torch.cat([starts, ids], dim=1))[:, len(self.starts) :]
+
+
 def evaluate(
     ckpt: Ckpt = None,
     model: Model = None,
@@ -67,7 +81,7 @@ def evaluate(
 ) -> None:
     """Evaluate a model: llm-scratch eval --ckpt runs/base/latest.ckpt --split val, or --model smollm2
 
-    Every token is predicted once, in windows that do not overlap. Loss and perplexity are per token, and mean
+    Every token is predicted once, in windows that do not overlap (after BOS, if all its texts began so). Loss and perplexity are per token, and mean
     nothing beside another tokenizer's; bits per byte and the perplexities of words and bytes do.
     """
     with sentences():
@@ -76,14 +90,23 @@ def evaluate(
         tokens = source.part(split)
         if not same_tokenizer(found.tokenizer, source.tokenizer):
             raise ValueError(f"{data or 'the text'} was written with another tokenizer than the model's")
-        trained = found.about.get("run", {}).get("train", {}).get("seq_len")
-        T = seq_len or trained or min(LONGEST, found.model.config.max_seq_len)
+        run = found.about.get("run", {})
+        starts = [] if run else found.starts  # a run of ours reads its text from anywhere
+        T = seq_len or run.get("train", {}).get("seq_len")
+        T = T or min(LONGEST, found.model.config.max_seq_len - len(starts))
         if T < 1 or batch_size < 1:
             raise ValueError(f"--seq-len is {T} and --batch-size {batch_size}, but both must be at least 1")
         check_fits(tokens, T, "evaluate on")
         ratio = source.bytes_per_token(tokens)
         with pick_precision(amp, pick_device(device)).autocast():
-            score = measure(found.model, tokens, T, batch_size, max_windows, ratio)
+            score = measure(
+                _Started(found.model, starts) if starts else found.model,
+                tokens,
+                T,
+                batch_size,
+                max_windows,
+                ratio,
+            )
         per_byte = score.loss / ratio
         result = {
             "split": split,

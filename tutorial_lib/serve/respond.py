@@ -106,7 +106,10 @@ class _Writer:
         reply, request = self.reply, self.request
         reply.ids.append(token)
         stopped, full = token in request.stop_ids, len(reply.ids) == request.max_new_tokens
-        new = b"" if stopped else token_bytes(self.tokenizer, token)
+        try:
+            new = b"" if stopped else token_bytes(self.tokenizer, token)
+        except ValueError:  # a vocabulary can have gaps, and a model a row for each
+            new = b""
         self.held += self.decoder.decode(new, final=stopped or full)
         if found := [at for stop in request.stop if (at := self.held.find(stop)) >= 0]:
             self.held = self.held[: min(found)]

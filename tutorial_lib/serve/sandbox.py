@@ -16,7 +16,8 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
@@ -51,7 +52,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=self._say)
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], finalize=self._say
+        )
         ours = {"join": self._join, "replace": self._replace, "tojson": self._tojson, "trim": self._trim}
         known = {name: self._watched(function) for name, function in (self.filters | ours).items()}
         self.filters = {name: known[name] for name in FILTERS}
@@ -161,6 +164,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _trim(self, text: Any, characters: str | None = None) -> str:
         _short_enough(characters or "")
         return str(text).strip(characters)
+
+
+class _Generation(Extension):
+    """`{% generation %} … {% endgeneration %}`, Hugging Face's marks around what is to be learned. Read past here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class _Watchful(NodeTransformer):

@@ -49,7 +49,15 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
         raise ConfigError(
             f"train.init_from {config.train.init_from} is a {type(found.model).__name__}, no Transformer"
         )
-    config.model = ModelTable(**asdict(found.model.config))
+    brought = ModelTable(**asdict(found.model.config))
+    usual = ModelTable(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
+    for name, value in asdict(config.model).items():
+        if value not in (getattr(usual, name), getattr(ModelTable(), name), getattr(brought, name)):
+            raise ConfigError(
+                f"model.{name} is {value!r}, but train.init_from {config.train.init_from} brings its own shape, with "
+                f"{getattr(brought, name)!r}: leave the model table out"
+            )
+    config.model = brought
     learned = found.model.positions is not None
     if learned and config.train.seq_len > config.model.max_seq_len:
         raise ConfigError(
