@@ -732,3 +732,12 @@ def test_so_it_does_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("error: ") and "cut short" in done.stderr
+
+
+def test_a_tokenizer_of_absurd_size_is_not_read(tmp_path):
+    """Of holes alone, so that the disk does not mind."""
+    path = tmp_path / "tokenizer.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="has 1,099,511,627,776 bytes, and such a file at most 67,108,864"):
+        load_tokenizer(str(path))

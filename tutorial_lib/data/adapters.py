@@ -13,13 +13,17 @@ from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.bpe_formats import gpt2_characters
 from tutorial_lib.data.bpe_merges import GPT2_PATTERN
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.files import write_text
+from tutorial_lib.files import read_json, write_text
 
 if TYPE_CHECKING:
     import tiktoken
     import tokenizers
 
 __all__ = ["HuggingFaceTokenizer", "TiktokenTokenizer", "as_huggingface", "read_tokenizer_config"]
+
+
+LARGEST = 1 << 26
+"""Bytes of a tokenizer's file. A quarter of a million tokens and their merges have half of that."""
 
 
 class _ByBytes:
@@ -206,15 +210,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
         ValueError: if it is no JSON object.
     """
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return about
+    return read_json(path, LARGEST) if path.is_file() else {}
 
 
 def _name(token: Any) -> str | None:

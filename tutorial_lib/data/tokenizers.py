@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from tutorial_lib.data.adapters import HuggingFaceTokenizer, TiktokenTokenizer, as_huggingface
+from tutorial_lib.data.adapters import LARGEST, HuggingFaceTokenizer, TiktokenTokenizer, as_huggingface
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import fetch
 from tutorial_lib.data.protocol import Tokenizer, token_bytes
 from tutorial_lib.data.tokenize import ByteTokenizer
+from tutorial_lib.files import read_json
 from tutorial_lib.interop.gguf_file import GGUFFile
 from tutorial_lib.interop.gguf_vocabulary import read_vocabulary
 
@@ -65,11 +65,7 @@ def load_tokenizer(name: str, beside: Path | None = None) -> Tokenizer:
 def _from_file(path: Path) -> Tokenizer:
     if path.suffix == ".gguf":
         return read_vocabulary(GGUFFile(path))
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None  # the loader below says it better
-    if isinstance(content, dict) and "added_tokens" in content:
+    if "added_tokens" in read_json(path, LARGEST):
         return HuggingFaceTokenizer.load(path)
     return BPETokenizer.load(path)
 

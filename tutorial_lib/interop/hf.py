@@ -20,45 +20,33 @@ from torch import Tensor
 
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.adapters import as_huggingface
+from tutorial_lib.files import read_json
 from tutorial_lib.interop.families import family
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
 from tutorial_lib.interop.names import HF_GPT2, HF_LLAMA, Rule, rules
 from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, room, weights_of
 
-__all__ = ["hf_config", "load_hf", "read_json", "save_hf"]
+__all__ = ["hf_config", "load_hf", "read_config", "save_hf"]
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONV1D = ("c_attn", "c_proj", "c_fc")
 """GPT-2's matrices that are (in, out)."""
 LARGEST_JSON = 1 << 22
-"""Bytes. The index of 40,000 tensors has not more; and read, they can take twenty times as much."""
+"""Bytes. The index of 40,000 tensors has not more."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        WeightsError: if it is none.
-    """
+def read_config(path: Path) -> dict[str, Any]:
+    """One of a model's small JSON files; a WeightsError if it is none."""
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise WeightsError(
-                f"{path} has {path.stat().st_size:,} bytes, which is no configuration any more"
-            )
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise WeightsError(f"there is no {path.name} in {path.parent}") from None
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}" if str(error) else f"{path} is not JSON") from None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path} holds no JSON object")
-    return found
+        return read_json(path, LARGEST_JSON)
+    except ValueError as error:
+        raise WeightsError(str(error)) from None
 
 
 def hf_config(folder: str | Path) -> ModelConfig:
     """The shape of the model in the folder."""
     path = Path(folder) / "config.json"
-    return from_hf_config(read_json(path), path)
+    return from_hf_config(read_config(path), path)
 
 
 def load_hf(
@@ -121,7 +109,7 @@ def _name(name: str, prefix: str) -> str:
 def _files(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """Where each tensor is, and its shape."""
     if (folder / INDEX).is_file():
-        where = read_json(folder / INDEX).get("weight_map")
+        where = read_config(folder / INDEX).get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
             raise WeightsError(f"{folder / INDEX} has no weight_map that says in which file a tensor is")
         names = sorted(set(where.values()))

@@ -16,7 +16,7 @@ from tutorial_lib.data.corpora import MODELS, fetch
 from tutorial_lib.data.tokenizers import Tokenizer, load_tokenizer
 from tutorial_lib.interop.gguf import gguf_tokenizer, load_gguf
 from tutorial_lib.interop.gguf_file import GGUFFile
-from tutorial_lib.interop.hf import load_hf, read_json
+from tutorial_lib.interop.hf import load_hf, read_config
 from tutorial_lib.interop.hub import download, looks_like_hub_id
 from tutorial_lib.interop.weights import WeightsError, put
 from tutorial_lib.quant.int8 import put_int8, to_int8
@@ -161,7 +161,7 @@ def _template_in(folder: Path) -> str | None:
 
 def _ends_in(folder: Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (ends := read_json(folder / name).get("eos_token_id")) is not None:
+        if (folder / name).is_file() and (ends := read_config(folder / name).get("eos_token_id")) is not None:
             ends = ends if isinstance(ends, list) else [ends]
             return [i for i in ends if isinstance(i, int)]
     return []
