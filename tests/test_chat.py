@@ -9,6 +9,7 @@ import re
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -117,7 +118,7 @@ def test_a_person_at_a_terminal(folder):
     terminal.say("/temp warm\n")
     assert "'warm' is no number" in terminal.until("you › ")
     terminal.say("/temp -1\n")
-    assert "must be 0 or more" in terminal.until("you › ")
+    assert "0 or more" in terminal.until("you › ")
     terminal.say("/reset\n")
     assert "forgotten" in terminal.until("you › ")
     terminal.say("\x03")
@@ -247,3 +248,21 @@ def test_it_trains_and_goes_out_again(folder, text):
     assert wrong.exit_code == 2 and "model.dropout is 0.1, but" in wrong.output and "with 0.0" in wrong.output
     assert not Path("runs/w").exists()
     assert "parameters" in run("train", f"train.init_from={folder}", *overrides, "--dry-run").output
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_bytes_that_are_no_text(folder, mode):
+    """Said in a sentence, by `chat` and by `generate`."""
+    how = {"env": {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": mode}, "capture_output": True}
+    python = [sys.executable, "-m"]
+    words = ["--model", str(folder), "--max-new-tokens", "3", "--seed", "1"]
+    result = subprocess.run(
+        [*python, "tutorial_lib.cli.generate", *words, "--prompt", "-"], input=b"x\xff", **how
+    )
+    assert (
+        result.returncode == 2 and result.stderr == b"error: what was typed or piped in is not UTF-8 text\n"
+    )
+    result = subprocess.run([*python, "tutorial_lib.cli.chat", *words], input=b"x\xff\nHello\n", **how)
+    assert (
+        result.returncode == 0 and result.stderr == b"error: this line is not UTF-8 text\n" and result.stdout
+    )

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tutorial_lib.cli.common import console, run_alone, sentences, speak
+from tutorial_lib.cli.common import console, run_alone, sentences, speak, take_any_bytes
 from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
 from tutorial_lib.serve.conversation import Conversation
 from tutorial_lib.serve.respond import Request
@@ -56,14 +56,14 @@ def chat(
     dtype: Dtype = "fp32",
     device: Device = None,
 ) -> None:
-    """Talk to a model: llm-scratch chat --model smollm2
+    """Talk to a model, smollm2 if none is named: llm-scratch chat --model smollm2
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists what else there is. Lines from a pipe are
     answered one after the other.
     """
     with sentences():
         if max_new_tokens < 1:
-            raise ValueError("--max-new-tokens must be at least 1")
+            raise ValueError(f"--max-new-tokens is {max_new_tokens}, but must be at least 1")
         if ckpt is None and model is None:
             model = "smollm2"
         found = open_model(ckpt, model, dtype, device)
@@ -79,6 +79,7 @@ def chat(
             found.stop,
         )
         talk = Conversation(found.model, found.tokenizer, found.template, how, context, system)
+        take_any_bytes()
         person = sys.stdin.isatty()
         if person:
             speak(
@@ -93,6 +94,8 @@ def chat(
                     _answer(talk, line, person)
             except (EOFError, Quit):
                 return
+            except UnicodeEncodeError:
+                speak("error: this line is not UTF-8 text")
             except ValueError as error:  # too long, or a command that was mistyped: nothing is lost
                 speak(f"error: {error}")
 
@@ -130,13 +133,14 @@ def _answer(talk: Conversation, line: str, person: bool) -> None:
             f"[dim]{pieces / seconds:.1f} pieces/s, {talk.used:,} of {talk.context:,} tokens[/]",
             highlight=False,
         )
-    if talk.forgotten > forgotten:
-        speak(f"the first {talk.forgotten} messages do not fit into the context any more, and are forgotten")
+    if (n := talk.forgotten - forgotten) > 0:
+        speak(f"the oldest {n} messages did not fit into the context any more, and are forgotten")
 
 
 def _command(talk: Conversation, line: str) -> str:
     """Do it, and say so."""
     name, _, argument = line.partition(" ")
+    name = name.lower()
     argument = argument.strip()
     commands: dict[str, Callable[[], str]] = {
         "/help": lambda: HELP,
@@ -148,8 +152,9 @@ def _command(talk: Conversation, line: str) -> str:
         "/seed": lambda: _seed(talk, argument),
     }
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.0)
-        raise ValueError(f"there is no command {name}: did you mean {near[0]}?")
+        near = difflib.get_close_matches(name, commands, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "/help lists them"
+        raise ValueError(f"there is no command {name}: {hint}")
     return commands[name]()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tutorial_lib.data.corpora import CorpusError
 from tutorial_lib.train.checkpoints import CheckpointError
 from tutorial_lib.train.trainer import DivergedError
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "run_alone", "sentences", "speak"]
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "run_alone", "sentences", "speak", "take_any_bytes"]
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: what was asked for cannot be done; it was tried and failed; Ctrl-C."""
@@ -29,6 +30,12 @@ console = Console(stderr=True, highlight=False)
 def speak(sentence: str) -> None:
     """One line for the person at the terminal; results go to stdout, this does not."""
     console.print(sentence, markup=False, soft_wrap=True)
+
+
+def take_any_bytes() -> None:
+    """Let stdin hand on bytes that are no text: they are found, and named, where the text is used."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 @contextmanager
@@ -63,6 +70,10 @@ def _explain(error: Exception) -> tuple[int, str]:
         return FAILED, text
     if isinstance(error, SafetensorError):  # it only writes here; what it cannot read is a CheckpointError
         return FAILED, f"a file of weights could not be written, and those before it are whole: {text[:200]}"
+    if isinstance(
+        error, UnicodeEncodeError
+    ):  # a terminal's or a pipe's bytes, as Python keeps what it cannot read
+        return BAD_INPUT, "what was typed or piped in is not UTF-8 text"
     if isinstance(error, (CorpusError, ImportError, ValueError)):
         return BAD_INPUT, text
     if isinstance(error, OSError) and error.errno is None:  # one of our own sentences

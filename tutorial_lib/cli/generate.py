@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tutorial_lib.cli.common import run_alone, sentences, speak
+from tutorial_lib.cli.common import run_alone, sentences, speak, take_any_bytes
 from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
 from tutorial_lib.serve.respond import Request, complete, respond
 
@@ -19,7 +19,9 @@ def generate(
     model: Model = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What to write on from; - reads it from stdin. Several are written on at once."),
+        typer.Option(
+            help="What to write on from; - reads it from stdin. Several are written on at once; without any, from an empty line."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "--max_new_tokens", help="How many tokens to write.")
@@ -48,23 +50,20 @@ def generate(
     Pretrained models, too: llm-scratch generate --model smollm2 --prompt "The sea is"
     """
     with sentences():
-        if max_new_tokens < 0 or num_samples < 1:
-            raise ValueError("--max-new-tokens must be at least 0 and --num-samples at least 1")
-        if temperature < 0:
-            raise ValueError(f"--temperature is {temperature}, but must be 0 or more")
-        found = open_model(ckpt, model, dtype, device)
+        if num_samples < 1:
+            raise ValueError(f"--num-samples is {num_samples}, but must be at least 1")
+        how = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
+        Request([0], *how, seed)  # complains before a model is loaded
+        take_any_bytes()
         texts = [sys.stdin.read() if text == "-" else text for text in prompt or ["\n"]]
         if "" in texts:
             raise ValueError("the prompt is empty: give at least one character")
+        found = open_model(ckpt, model, dtype, device)
         texts = [text for text in texts for _ in range(num_samples)]
         requests = [
             Request(
                 [*found.starts, *found.tokenizer.encode(text)],
-                max_new_tokens,
-                temperature,
-                top_k,
-                top_p,
-                repetition_penalty,
+                *how,
                 None if seed is None else seed + number,  # each text has a seed of its own
                 found.stop_ids,
                 tuple(stop or ()),

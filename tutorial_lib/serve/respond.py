@@ -8,6 +8,7 @@ A request with a seed is answered the same whoever else is in the batch, up to r
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -55,16 +56,18 @@ class Request:
             raise ValueError("the prompt is empty: give at least one token")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but must be 0 or more")
-        if not self.temperature >= 0:  # NaN is not, either
-            raise ValueError(f"temperature is {self.temperature}, but must be 0 or more")
+        if not 0 <= self.temperature < math.inf:  # NaN is not, either
+            raise ValueError(f"temperature is {self.temperature}, but must be a number, 0 or more")
         if 0 < self.temperature < 1e-4:  # scores divided by less are not finite
             raise ValueError(f"temperature is {self.temperature}: say 0 for always the likeliest token")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, but at least one token must stay")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, but is a probability: above 0, at most 1")
-        if not self.penalty > 0:
-            raise ValueError(f"the repetition penalty is {self.penalty}, but must be above 0 (1 is none)")
+        if not 0 < self.penalty < math.inf:
+            raise ValueError(
+                f"the repetition penalty is {self.penalty}, but must be a number above 0 (1 is none)"
+            )
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}, but must fit into 64 bits")
         if "" in self.stop:
