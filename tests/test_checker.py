@@ -169,6 +169,77 @@ def test_inputs_a_learner_writes_into_do_not_spoil_later_probes():
     assert grade(exercise, add).passed
 
 
+def test_gradients_left_switched_off_are_noticed_and_switched_on_again():
+    exercise = find_exercise("3.7.b")
+
+    def careless(tensors, config):
+        torch.set_grad_enabled(False)
+        return exercise.reference(tensors, config)
+
+    result = grade(exercise, careless)
+    assert result.status == "wrong" and "still switched off" in result.sentence, repr(result)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():  # in a notebook, the learner's own cell may have switched them off before
+        assert not grade(exercise, careless).passed and grade(exercise, exercise.reference).passed
+        assert not torch.is_grad_enabled(), "what the notebook's other cells have set is theirs"
+
+    def run(f):
+        w = torch.ones(2, requires_grad=True)
+        f(w).sum().backward()
+        return w.grad
+
+    needs_them = Exercise("9.9.e", "f", lambda w: 2 * w, [Probe("the gradient", run, equals())], [], "")
+    result = grade(needs_them, lambda w: (torch.set_grad_enabled(False), 2 * w)[1])
+    assert result.status == "crashed" and "still switched off" in result.sentence, repr(result)
+
+
+@pytest.mark.parametrize(
+    ("returns", "blamed"), [("torch.Tensor", True), ("None", False), ("'torch.Tensor | None'", False)]
+)
+def test_a_forgotten_return_is_a_guess_only_where_none_cannot_be_meant(returns, blamed):
+    def function(x):
+        pass
+
+    function.__annotations__["return"] = eval(returns)
+    exercise = Exercise(
+        "9.9.c",
+        "function",
+        lambda x: x + 1,
+        [Probe("a", lambda f: f(torch.zeros(2)).sum(), equals())],
+        [],
+        "",
+    )
+    result = grade(exercise, function)
+    assert result.status == "crashed"
+    assert ("`function` returned None: is a `return` missing?" == result.sentence) is blamed, repr(result)
+
+
+def test_a_class_is_blamed_for_the_method_without_return_only():
+    class Right:
+        def add(self, x):
+            self.x = x
+
+        def total(self):
+            return self.x
+
+    class Forgets(Right):
+        def add(self, x):
+            self.x = x
+
+        def total(self):
+            self.x + 0
+
+    def run(cls):
+        counter = cls()
+        counter.add(torch.ones(2))
+        total = counter.total()
+        counter.add(torch.ones(2))
+        return total.sum()
+
+    result = grade(Exercise("9.9.d", "Forgets", Right, [Probe("a", run, equals())], [], ""), Forgets)
+    assert result.sentence == "`total` returned None: is a `return` missing?", repr(result)
+
+
 def test_a_diagnosis_needs_all_probes_when_two_ideas_look_alike():
     exercise = Exercise(
         "9.9.b",

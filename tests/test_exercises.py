@@ -52,6 +52,27 @@ def test_the_stub_is_not_started(exercise: Exercise):
 
 
 @each_exercise
+def test_a_forgotten_return_is_named(exercise: Exercise):
+    """A solution that computes its last line and does not return it; of a class, one method at a time."""
+    cells = code_cells(notebook(exercise, "solutions"))
+    tree = ast.parse(top_level_source(cells, exercise.symbol) or "")
+    [top] = tree.body
+    for function in filter(_gives_back, top.body if isinstance(top, ast.ClassDef) else [top]):
+        last = function.body[-1]
+        function.body[-1] = ast.Expr(last.value)
+        result = _grade_mutant(exercise, cells, ast.unparse(ast.fix_missing_locations(tree)))
+        assert result.sentence == f"`{function.name}` returned None: is a `return` missing?", repr(result)
+        function.body[-1] = last
+
+
+def _gives_back(node: ast.stmt) -> bool:
+    """A function that ends in a `return`, and whose signature does not allow None."""
+    if not isinstance(node, ast.FunctionDef) or not isinstance(node.body[-1], ast.Return):
+        return False
+    return node.returns is not None and "None" not in ast.unparse(node.returns)
+
+
+@each_exercise
 def test_every_misconception_is_rejected_and_named(exercise: Exercise):
     assert 3 <= len(exercise.misconceptions) <= 8
     for misconception in exercise.misconceptions:

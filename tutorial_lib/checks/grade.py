@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -119,6 +121,11 @@ def guarded(seconds: float) -> Iterator[None]:
 
 def grade(exercise: Exercise, learner: Any, seconds: float = 20.0) -> Result:
     """Run the probes in order and stop at the first that does not pass."""
+    with torch.enable_grad():  # whatever the learner's code switches, the caller's setting comes back
+        return _grade(exercise, learner, seconds)
+
+
+def _grade(exercise: Exercise, learner: Any, seconds: float) -> Result:
     result = Result(exercise.id, exercise.symbol, "passed", look_again=exercise.look_again)
     result.probes = {probe.name: "not run" for probe in exercise.probes}
     for probe in exercise.probes:
@@ -126,7 +133,7 @@ def grade(exercise: Exercise, learner: Any, seconds: float = 20.0) -> Result:
         try:
             with guarded(seconds):
                 yours = run_probe(probe, learner)
-                failure = probe.judge(yours, expected)
+                failure = _left_behind() or probe.judge(yours, expected)
         except NotImplementedError:
             result.status, result.probes = "not started", {p.name: "not run" for p in exercise.probes}
             result.sentence = "the stub is still there: replace the line `raise NotImplementedError`"
@@ -136,14 +143,31 @@ def grade(exercise: Exercise, learner: Any, seconds: float = 20.0) -> Result:
         except BaseException as error:
             result.status, result.probes[probe.name] = "crashed", "failed"
             result.sentence = explain_crash(error, seconds)
+            if isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error):
+                result.sentence = _nothing_returned(exercise, probe, learner) or result.sentence
+            elif left := _left_behind():
+                result.sentence = left.sentence
             result.details = "".join(traceback.format_exception(error))
             return result
         if failure is not None:
             result.status, result.probes[probe.name] = "wrong", "failed"
-            _describe(result, exercise, probe, learner, yours, expected, failure)
+            if nothing := _nothing_returned(exercise, probe, learner):
+                result.sentence = nothing
+            else:
+                _describe(result, exercise, probe, learner, yours, expected, failure)
             return result
         result.probes[probe.name] = "passed"
     return result
+
+
+def _left_behind() -> Failure | None:
+    """A switch of torch's, for the whole process, that learner code has turned and not turned back."""
+    if torch.is_grad_enabled():
+        return None
+    return Failure(
+        "gradients are still switched off when your code is done, so nothing that runs after it can be trained: "
+        "`with torch.no_grad():` switches them on again at its end"
+    )
 
 
 def run_probe(probe: Probe, thing: Any) -> Any:
@@ -212,6 +236,46 @@ def _gives(misconception: Misconception, probe: Probe, result: Any) -> bool:
         return same_value(run_probe(probe, misconception.wrong), result)
     except Exception:
         return False
+
+
+def _nothing_returned(exercise: Exercise, probe: Probe, learner: Any) -> str:
+    """The sentence on a forgotten `return`: if something of the learner's gave None that should not, else ""."""
+
+    def may(name: str) -> bool:
+        signature = getattr(getattr(learner, name, learner), "__annotations__", {})
+        return "None" in str(signature.get("return", ""))
+
+    fine = _gave_none(exercise, probe, exercise.reference)
+    guilty = [name for name in _gave_none(exercise, probe, learner) if name not in fine and not may(name)]
+    return f"`{guilty[-1]}` returned None: is a `return` missing?" if guilty else ""
+
+
+def _gave_none(exercise: Exercise, probe: Probe, thing: Any) -> list[str]:
+    """Who returns None in this probe: the function, or methods of the class that the exercise asks for."""
+    names: list[str] = []
+
+    def watched(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            if result is None:
+                names.append(name)
+            return result
+
+        return call
+
+    if isinstance(thing, type):
+        methods = {
+            name: watched(name, f)
+            for name, f in vars(thing).items()
+            if isinstance(f, types.FunctionType) and hasattr(exercise.reference, name) and name != "__init__"
+        }
+        thing = type(thing)(thing.__name__, (thing,), methods)
+    elif callable(thing):
+        thing = watched(exercise.symbol, thing)
+    with contextlib.suppress(BaseException), guarded(5.0):
+        run_probe(probe, thing)
+    return names
 
 
 def explain_crash(error: BaseException, seconds: float) -> str:
