@@ -74,7 +74,7 @@ def _gives_back(node: ast.stmt) -> bool:
 
 @each_exercise
 def test_every_misconception_is_rejected_and_named(exercise: Exercise):
-    assert 3 <= len(exercise.misconceptions) <= 8
+    assert 3 <= len(exercise.misconceptions) <= 10
     for misconception in exercise.misconceptions:
         result = grade(exercise, misconception.wrong)
         assert result.status == "wrong", f"{misconception.name}: {result!r}"

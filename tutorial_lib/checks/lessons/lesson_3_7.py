@@ -877,6 +877,18 @@ COST = Exercise(
             "You counted the table of tokens as a matrix besides the output layer. A token takes one row of it, "
             "which costs nothing; only the output layer is multiplied.",
         ),
+        Misconception(
+            "no output layer",
+            _counter(tables="none"),
+            "The output layer is not counted. That it may share its numbers with the table of tokens saves memory, but "
+            "each step reads all V × D of them and multiplies with them.",
+        ),
+        Misconception(
+            "windows forgotten",
+            _counter(windows=False),
+            "Every layer looks at the whole context. One with a window has at most that many keys to look at, and "
+            "windows differ from layer to layer: ask `config.window_of` for each.",
+        ),
     ],
 )
 
