@@ -542,7 +542,7 @@ def _gradient(f: Any, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The entropies, and the gradient of their weighted sum."""
     logits = logits.clone().requires_grad_()
     entropy = f(logits, mask)
-    weights = 1 + torch.arange(entropy.numel()).view(entropy.shape)
+    weights = 1 / (1 + torch.arange(entropy.numel()).view(entropy.shape))  # finfo.min has no room for a 2
     return entropy, torch.autograd.grad((weights * entropy).sum(), logits)[0]
 
 

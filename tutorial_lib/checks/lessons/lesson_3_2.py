@@ -555,6 +555,14 @@ def _ntk_even_steps(d_head: int, base: float, factor: float) -> Tensor:
     return _frequencies(d_head, base) / torch.linspace(1, factor, d_head // 2)
 
 
+def _ntk_without_2(d_head: int, base: float, factor: float) -> Tensor:
+    return ntk_frequencies(d_head, base, factor).sqrt()
+
+
+def _ntk_without_minus(d_head: int, base: float, factor: float) -> Tensor:
+    return 1 / ntk_frequencies(d_head, base, factor)
+
+
 NTK = Exercise(
     id="3.2.d",
     symbol="ntk_frequencies",
@@ -569,12 +577,18 @@ NTK = Exercise(
         Probe("shape and dtype", lambda f: f(16, 10_000.0, 4.0), same_shape),
         Probe("factor 1 changes nothing", lambda f: f(12, 500.0, 1.0), equals()),
         Probe(
-            "two hands, by hand",
-            lambda f: f(4, 100.0, 4.0),
+            "three hands, by hand",
+            lambda f: f(6, 1000.0, 4.0),
             equals(digits=4),
-            given="C = 4, base 100, factor 4: the hands turned 1 and 0.1, and shall turn 1 and 0.1 / 4",
+            given="C = 6, base 1000, factor 4: the hands turned 1, 0.1 and 0.01, and shall turn 1, 0.1 / 2 and 0.01 / 4",
         ),
         Probe("equals the reference", lambda f: torch.log(f(32, 10_000.0, 8.0)), equals()),
+        Probe(
+            "a small base, an odd number of hands",
+            lambda f: torch.log(f(10, 30.0, 2.5)),
+            equals(digits=4),
+            given="C = 10, base 30, factor 2.5; logarithms of the frequencies",
+        ),
         Probe("only one hand", lambda f: f(2, 10_000.0, 8.0), equals()),
         Probe("an odd d_head: a ValueError", lambda f: outcome(lambda: f(7, 10_000.0, 2.0)), equals()),
     ],
@@ -613,6 +627,16 @@ NTK = Exercise(
             _ntk_even_steps,
             "You divided the frequencies by numbers that rise evenly from 1 to s. With a new base the slowdowns are powers "
             "of one number: they rise by equal factors, not by equal amounts.",
+        ),
+        Misconception(
+            "exponent without its 2",
+            _ntk_without_2,
+            "Your speeds are b′^(−i/C). Pair i turns with b′^(−2i/C); so you have the square root of each speed.",
+        ),
+        Misconception(
+            "exponent without its minus",
+            _ntk_without_minus,
+            "Your numbers rise from 1, and speeds fall from it: the exponent is −2i/C, with a minus.",
         ),
     ],
 )

@@ -266,6 +266,17 @@ def _means(read: Callable) -> Tensor:
     return read(torch.zeros(1, 1, 4, 1), torch.zeros(1, 1, 4, 1), v, 2)
 
 
+def _ever_louder(read: Callable) -> Tensor:
+    v = torch.tensor([0.0, 2.0, 4.0, 6.0])[None, None, :, None]
+    return read(torch.ones(1, 1, 4, 1), 1e5 * torch.arange(4.0)[None, None, :, None], v, 2)
+
+
+def _finite_mask(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, chunk: int) -> Tensor:
+    future = torch.ones(end - start, end, dtype=torch.bool).triu(start + 1)
+    mask = torch.zeros(end - start, end, dtype=q.dtype).masked_fill(future, -1e4)
+    return F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end], mask)
+
+
 def _random(read: Callable, T: int, chunk: int, scale: float = 1.0) -> Tensor:
     q, k, v = (randn(2, 3, T, 5, seed=seed) for seed in (1, 2, 3))
     return read(scale * q, k, v, chunk)
@@ -345,6 +356,13 @@ PIECES = Exercise(
         Probe("the last piece is shorter", lambda f: (_random(f, 8, 3), _random(f, 9, 4)), equals()),
         Probe("pieces longer than the text", lambda f: _random(f, 5, 8), equals()),
         Probe("scores in the hundreds", lambda f: _random(f, 10, 4, scale=200.0), equals(1e-3)),
+        Probe(
+            "hidden is hidden, whatever the score",
+            _ever_louder,
+            equals(),
+            given="queries 1, keys 0, 100,000, 200,000, 300,000, values 0, 2, 4, 6: each token prefers the newest key "
+            "that it sees, its own",
+        ),
         Probe("not contiguous, float64", _not_contiguous, equals()),
         Probe("q, k and v are left alone", _inputs_after, equals()),
         Probe(
@@ -393,6 +411,12 @@ PIECES = Exercise(
             _with_mask(lambda start, end, chunk: max(end - chunk, 0)),
             "The queries were placed chunk tokens before the end. The last piece may be shorter, and then they "
             "stand too far left: the first of them is always at start.",
+        ),
+        Misconception(
+            "hidden by ten thousand",
+            _by_pieces(_finite_mask),
+            "What a query may not see had 10,000 taken off its score. Scores can be larger than that, and then the future "
+            "comes through: take −∞, or hand the kernel a bool mask.",
         ),
     ],
 )
@@ -690,11 +714,21 @@ SHARE = Exercise(
             given="rows 0, 1 | 2, 3 | 4, 5 | 6, 7 are four heads: the first group's mean is 1, 2",
         ),
         Probe("heads equal within a group: nothing is lost", _twins, equals()),
-        Probe("equals the reference", lambda f: f(randn(24, 7, seed=3), 8, 2), equals()),
+        Probe(
+            "equals the reference",
+            lambda f: (f(randn(24, 7, seed=3), 8, 2), f(randn(18, 5, seed=6), 9, 3)),
+            equals(),
+        ),
         Probe("one head for all", lambda f: f(randn(15, 4, seed=4), 5, 1), equals()),
         Probe("a bias", lambda f: f(randn(12, seed=5), 6, 3), equals()),
         Probe("the weight stays as it is", _unchanged, equals()),
+        Probe("bfloat16 stays bfloat16", lambda f: f(randn(12, 3).bfloat16(), 6, 2), same_shape),
         Probe("5 heads, 2 groups: a ValueError", lambda f: outcome(lambda: f(randn(10, 3), 5, 2)), equals()),
+        Probe(
+            "6 heads, 4 groups; 4 heads, 8 groups",
+            lambda f: (outcome(lambda: f(randn(12, 3), 6, 4)), outcome(lambda: f(randn(16, 3), 4, 8))),
+            equals(),
+        ),
     ],
     misconceptions=[
         Misconception(
@@ -702,6 +736,17 @@ SHARE = Exercise(
             _pool(lambda heads, H, G: heads.unflatten(0, (H // G, G)).mean(dim=0)),
             "Head h went to group h % G. Neighbors share a key head: with 4 heads and 2 groups, heads 0 and 1 are the "
             "first group, so the first of the two dimensions must count groups, and the second members.",
+        ),
+        Misconception(
+            "groups of G",
+            _pool(lambda heads, H, G: heads.unflatten(0, (H // G, G)).mean(dim=1)),
+            "You made H / G groups of G heads each. n_kv_heads is the number of groups; each has H / G members.",
+        ),
+        Misconception(
+            "divided by another number",
+            _pool(lambda heads, H, G: heads.unflatten(0, (G, H // G)).sum(dim=1) / G),
+            "The heads are added up rightly and then divided by a number that is not that of a group's members, H / G. With "
+            "as many groups as heads it is 1, and nothing may change.",
         ),
         Misconception(
             "the first of each group",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checks.probes import equals, holds, randn, same_shape
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Failure, Misconception, Probe
 from tutorial_lib.core.rope import RotaryEmbedding, apply_rope
 from tutorial_lib.core.window import SlidingWindow
 
@@ -98,6 +98,12 @@ def _ring_after(f: Callable, sizes: list[int]) -> Tensor:
     return _stream(f, sizes, window=4, sinks=2)[2]
 
 
+def _chunk_after(f: Callable) -> Tensor:
+    k = randn(9, 2, seed=7)
+    f(torch.zeros(6, 2), torch.full((6,), -1), k, 0, 4, 2)
+    return k
+
+
 def _same_memory(f: Callable) -> bool:
     keys, held = torch.zeros(6, 2), torch.full((6,), -1)
     for start in range(0, 30, 3):
@@ -156,6 +162,7 @@ APPEND = Exercise(
             _same_memory,
             holds(lambda same: None if same else "the slots handed in were not the ones written to"),
         ),
+        Probe("the chunk is left alone", _chunk_after, equals()),
     ],
     misconceptions=[
         Misconception(
@@ -481,6 +488,27 @@ def _inputs_after(f: Callable) -> tuple[Tensor, ...]:
     return q, k, v
 
 
+_CUT = "cut off"
+
+
+def _gradients(f: Callable) -> Any:
+    inputs = [x.requires_grad_() for x in _qkv(1, 2, 9, 4, seed=6)]
+    out = f(*inputs, 3, 1)
+    if not out.requires_grad:
+        return _CUT
+    made = torch.autograd.grad((out * randn(*out.shape, seed=7)).sum(), inputs, allow_unused=True)
+    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, made, strict=True))
+
+
+def _trains(yours: Any, expected: Any) -> Failure | None:
+    if yours == _CUT:
+        return Failure(
+            "no gradient comes back to q, k and v: on the way to the result something was detached, or computed under "
+            "no_grad, and the task wants to train with it"
+        )
+    return equals()(yours, expected)
+
+
 STREAM = Exercise(
     id="3.6.c",
     symbol="streaming_attention",
@@ -522,6 +550,7 @@ STREAM = Exercise(
             lambda f: f(*_qkv(1, 2, 30, 8, seed=4, scale=15.0), 4, 2),
             equals(1e-2),
         ),
+        Probe("the gradients of q, k and v", _gradients, _trains, given="window 3, 1 sink, nine tokens"),
     ],
     misconceptions=[
         Misconception(

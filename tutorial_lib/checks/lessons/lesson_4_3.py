@@ -74,9 +74,25 @@ def _model(**changes: Any) -> Transformer:
 
 
 def _frozen_toy() -> nn.Module:
+    """One of each group is frozen."""
     model = _Toy()
-    model.tokens.weight.requires_grad_(False)
+    for p in (model.tokens.weight, model.blocks[0]["up"].weight, model.blocks[0]["norm"].bias):
+        p.requires_grad_(False)
     return model
+
+
+def _trainable_after(learner: Any) -> dict[str, bool]:
+    model = _frozen_toy()
+    learner(model, 0.003, 0.02, 0.1)
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def _same_flags(yours: Any, expected: Any) -> Failure | None:
+    changed = [name for name in expected if yours.get(name) is not expected[name]]
+    sentence = (
+        f"your function changed the model: requires_grad of {', '.join(changed)}. Read it, and leave it"
+    )
+    return Failure(sentence) if changed else None
 
 
 def _experts() -> nn.Module:
@@ -166,8 +182,9 @@ A = Exercise(
             "frozen parameters are left out",
             lambda f: _sort(f, _frozen_toy),
             _listed,
-            given="the same model, tokens.weight frozen",
+            given="the same model; tokens.weight, blocks.0.up.weight and blocks.0.norm.bias are frozen",
         ),
+        Probe("the model stays as it is", _trainable_after, _same_flags, given="the same, partly frozen"),
         Probe("the course's Transformer", lambda f: _sort(f, lambda: _model(qk_norm=True)), _listed),
         Probe(
             "a GPT-2, whose positions are a table",
