@@ -142,7 +142,7 @@ def test_lines_from_a_pipe(folder):
     assert "temperature 0.3" in first.stderr and "you ›" not in first.stdout
     assert pipe(folder, "/quit\nOne\n", *words).stdout == ""
     late = pipe(folder, "One\n" + "x" * 300 + "\nTwo\n", *words, "--context", "128")
-    assert late.exit_code == 0 and "the message has" in late.stderr  # and the others are answered
+    assert late.exit_code == 2 and "the message has" in late.stderr  # and the others are answered
     assert late.stdout == pipe(folder, "One\nTwo\n", *words, "--context", "128").stdout
 
 
@@ -164,13 +164,16 @@ def test_export_and_back(folder, tmp_path, monkeypatch):
     original = load_hf(folder)
     assert run("export", "small.gguf", "--model", str(folder), "--kind", "F32").exit_code == 0
     assert run("export", "again", "--model", "small.gguf").exit_code == 0
-    for model in (load_gguf("small.gguf"), load_hf("again")):
+    assert run("export", "LOUD.GGUF", "--model", "again", "--kind", "F32").exit_code == 0
+    assert Path("again/model.safetensors").stat().st_mode == Path("again/config.json").stat().st_mode
+    for model in (load_gguf("small.gguf"), load_hf("again"), open_pretrained("LOUD.GGUF").model):
         assert all(torch.equal(a, b) for a, b in zip(original.parameters(), model.parameters(), strict=True))
     again = open_pretrained("again")
     assert again.template.source == CHATML
     assert same_tokenizer(again.tokenizer, load_tokenizer(str(folder)))
     for words, sentence in (
         (["again", "--model", "small.gguf"], "not empty"),
+        (["small.gguf", "--model", "again"], "there already"),
         (["x.gguf", "--model", "small.gguf", "--kind", "Q3"], "can hold F32, F16, Q8_0"),
         (["x", "--model", "small.gguf", "--kind", "Q8_0"], "can hold fp32, bf16, fp16"),
         (["x", "--model", "smal.gguf"], "there is no"),
@@ -241,6 +244,8 @@ def test_it_trains_and_goes_out_again(folder, text):
 
     wrong = run("train", f"train.init_from={folder}", *overrides, "data.tokenizer=byte", "log.name=w")
     assert wrong.exit_code == 2 and "another tokenizer" in wrong.output
+    wrong = run("train", f"train.init_from={folder}", *overrides, f"train.seq_len={LONG + 1}", "log.name=w")
+    assert wrong.exit_code == 2 and "reads at most 65,536 tokens" in wrong.output
     wrong = run("train", "train.init_from=nowhere", *overrides, "log.name=w")
     assert wrong.exit_code == 2 and "there is no model 'nowhere'" in wrong.output
     assert not Path("runs/w").exists()
@@ -264,5 +269,5 @@ def test_bytes_that_are_no_text(folder, mode):
     )
     result = subprocess.run([*python, "tutorial_lib.cli.chat", *words], input=b"x\xff\nHello\n", **how)
     assert (
-        result.returncode == 0 and result.stderr == b"error: this line is not UTF-8 text\n" and result.stdout
+        result.returncode == 2 and result.stderr == b"error: this line is not UTF-8 text\n" and result.stdout
     )

@@ -623,3 +623,16 @@ def test_loading_takes_hardly_more_memory_than_the_model(tmp_path, path):
     assert all(
         ratio <= next(v for k, v in most.items() if job.endswith(k)) for job, ratio in found.items()
     ), found
+
+
+def test_a_disk_that_is_full(tmp_path):
+    """Nothing half-written stays, and the sentence names the file."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="could not be written.*m.gguf") as found:
+            save_gguf(ours(CONFIGS["llama"]), tmp_path / "m.gguf")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert found.value.errno and not list(tmp_path.iterdir())

@@ -178,24 +178,24 @@ GGUF_CASES: dict[str, tuple[bytes, str]] = {
     "another architecture": (llama(general__architecture="mamba"), "'mamba'"),
     "architecture 7": (llama(general__architecture=7), "architecture 7"),
     "no width": (llama(llama__embedding_length=None), "llama.embedding_length"),
-    "width in words": (llama(llama__embedding_length="x"), "d_model is 'x'"),
-    "width 0": (llama(llama__embedding_length=0), "d_model is 0"),
-    "absurd width": (llama(llama__embedding_length=1 << 31), "d_model is 2147483648"),
-    "absurd heads": (llama(llama__attention__head_count=1 << 31), "n_heads is 2147483648"),
+    "width in words": (llama(llama__embedding_length="x"), "embedding_length is 'x'"),
+    "width 0": (llama(llama__embedding_length=0), "embedding_length is 0"),
+    "absurd width": (llama(llama__embedding_length=1 << 31), "embedding_length is 2147483648"),
+    "absurd heads": (llama(llama__attention__head_count=1 << 31), "head_count is 2147483648"),
     "heads that do not fit": (llama(llama__attention__head_count=3), "describes no model|n_heads"),
     "key heads that do not fit": (llama(llama__attention__head_count_kv=3), "n_kv_heads"),
     "key heads in an array": (
-        llama(llama__attention__head_count_kv=struct.pack("<IIQII", ARRAY, U32, 2, 1, 1)), "n_kv_heads",
+        llama(llama__attention__head_count_kv=struct.pack("<IIQII", ARRAY, U32, 2, 1, 1)), "head_count_kv is",
     ),
-    "absurd context": (llama(llama__context_length=(1 << 32) - 1), "max_seq_len"),
+    "absurd context": (llama(llama__context_length=(1 << 32) - 1), "context_length is"),
     "absurd layers": (llama(llama__block_count=1 << 31), "2147483648 layers, but has 11 tensors"),
     "more layers than there are": (llama(llama__block_count=3), "blk.1.attn_norm.weight' is missing"),
     "layers in words": (llama(llama__block_count="x"), "'x' layers"),
-    "absurd mlp": (llama(llama__feed_forward_length=1 << 31), "d_mlp"),
-    "eps in words": (llama(llama__attention__layer_norm_rms_epsilon="x"), "norm_eps is 'x'"),
-    "eps NaN": (llama(llama__attention__layer_norm_rms_epsilon=float("nan")), "norm_eps is nan"),
-    "base −1": (llama(llama__rope__freq_base=-1.0), "rope_base is -1"),
-    "base in words": (llama({}, {"rope_freqs": (4,)}, llama__rope__freq_base="x"), "rope_base is 'x'"),
+    "absurd mlp": (llama(llama__feed_forward_length=1 << 31), "feed_forward_length is"),
+    "eps in words": (llama(llama__attention__layer_norm_rms_epsilon="x"), "layer_norm_rms_epsilon is 'x'"),
+    "eps NaN": (llama(llama__attention__layer_norm_rms_epsilon=float("nan")), "layer_norm_rms_epsilon is nan"),
+    "base −1": (llama(llama__rope__freq_base=-1.0), "freq_base is -1"),
+    "base in words": (llama({}, {"rope_freqs": (4,)}, llama__rope__freq_base="x"), "freq_base is 'x'"),
     "head length in words": (llama({}, {"rope_freqs": (4,)}, llama__attention__key_length="8"), "key|d_head|'8'"),
     "an odd head": (llama({}, {"rope_freqs": (4,)}, llama__attention__key_length=9), "d_head is 9|even"),
     "another value length": (llama(llama__attention__value_length=4), "value_length is 4"),
@@ -438,6 +438,52 @@ def test_a_model_that_is_far_larger_than_its_file(folder):
     assert "the model needs" in outcome(load_hf, folder)
     path.write_text(json.dumps({**about, "num_hidden_layers": 4096}))
     assert "4,096 layers" in outcome(load_hf, folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    {
+        "null": ({"hidden_size": None}, "does not say hidden_size"),
+        "zero": ({"hidden_size": 0}, "hidden_size is 0, but it must be"),
+        "no key heads": ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        "no channels": ({"head_dim": 0}, "head_dim is 0"),
+        "no layers": ({"num_hidden_layers": None}, "does not say num_hidden_layers"),
+        "two bases": (
+            {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}},
+            "RoPE's rope_theta: 8.0 and 7.0",
+        ),
+        "two scalings": (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            "RoPE's rope_type: 'default' and 'yarn'",
+        ),
+    }.values(),
+)
+def test_settings_that_are_none(changes, sentence, folder):
+    path = folder / "config.json"
+    about = json.loads(path.read_text())
+    if "rope_parameters" in changes:
+        about.pop("rope_theta"), about.pop("rope_scaling")
+    path.write_text(json.dumps({**about, **changes}))
+    assert re.search(sentence, outcome(load_hf, folder))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_not_finite(number, folder, tmp_path):
+    """Noise in a file is told, and not talked."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        bad = tensors["model.norm.weight"].to(dtype)
+        bad[3] = number
+        save_file({**tensors, "model.norm.weight": bad}, path)
+        assert "'model.norm.weight' has numbers that are not finite" in outcome(load_hf, folder)
+    good = tmp_path / "good.gguf"
+    good.write_bytes(llama())
+    info = GGUFFile(good).tensors["output_norm.weight"]
+    content = bytearray(good.read_bytes())
+    content[info.start : info.start + 4] = struct.pack("<f", number)
+    good.write_bytes(content)
+    assert "'output_norm.weight' has numbers that are not finite" in outcome(load_gguf, good)
 
 
 def safetensors(header: Any, data: int = 64, length: int | None = None) -> bytes:

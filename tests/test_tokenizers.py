@@ -54,7 +54,7 @@ def test_names(tmp_path):
     with pytest.raises(ValueError, match="path of a vocabulary"):
         load_tokenizer("nothing-like-it.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a BPE vocabulary"):
+    with pytest.raises(ValueError, match="is neither a tokenizer.json"):
         load_tokenizer(str(tmp_path / "other.json"))
 
 

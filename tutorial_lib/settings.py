@@ -23,8 +23,8 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     init_from: str | None = None
-    """A pretrained model to begin with, `smollm2`, a GGUF file or a Hugging Face folder: its shape and its tokenizer
-    take the place of the `model` table and of `data.tokenizer`."""
+    """A model to begin with, as `--model` names it: `smollm2`, a GGUF file, a Hugging Face folder, `owner/model` on the
+    hub, a checkpoint. It brings its shape and its tokenizer: leave out the `model` table and `data.tokenizer`."""
     max_seconds: float | None = None
     """Stop after so much training time, if that comes first; the schedule then ends with the time."""
     lr: float = 1e-3

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tutorial_lib.cli.common import console, run_alone, sentences, speak, take_any_bytes
+from tutorial_lib.cli.common import BAD_INPUT, console, run_alone, sentences, speak, take_any_bytes
 from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
 from tutorial_lib.serve.conversation import Conversation
 from tutorial_lib.serve.respond import Request
@@ -59,7 +59,7 @@ def chat(
     """Talk to a model, smollm2 if none is named: llm-scratch chat --model smollm2
 
     Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists what else there is. Lines from a pipe are
-    answered one after the other.
+    answered one after the other; the exit code says whether all were.
     """
     with sentences():
         if max_new_tokens < 1:
@@ -85,6 +85,7 @@ def chat(
             speak(
                 f"{model or ckpt}: {talk.context:,} tokens of context. /help lists the commands, Ctrl-D leaves."
             )
+        failed = False
         while True:
             try:
                 line = _read(person)
@@ -93,11 +94,13 @@ def chat(
                 elif line:
                     _answer(talk, line, person)
             except (EOFError, Quit):
+                if failed and not person:  # a script wants to know
+                    raise typer.Exit(BAD_INPUT) from None
                 return
-            except UnicodeEncodeError:
-                speak("error: this line is not UTF-8 text")
             except ValueError as error:  # too long, or a command that was mistyped: nothing is lost
-                speak(f"error: {error}")
+                failed = True
+                said = "this line is not UTF-8 text" if isinstance(error, UnicodeEncodeError) else error
+                speak(f"error: {said}")
 
 
 def _read(person: bool) -> str:

@@ -35,11 +35,13 @@ def export(
     A name that ends in .gguf is for llama.cpp and its friends, any other is a folder for transformers.
     """
     with sentences():
-        to_gguf = out.suffix == ".gguf"
+        to_gguf = out.suffix.lower() == ".gguf"
         kinds = KINDS if to_gguf else ("fp32", "bf16", "fp16")
         kind = kind or ("F16" if to_gguf else "fp32")
         if kind not in kinds:
             raise ValueError(f"--kind is {kind!r}, but {out} can hold {', '.join(kinds)}")
+        if out.exists() and (to_gguf or not out.is_dir() or any(out.iterdir())):  # said before all is loaded
+            raise ValueError(f"{out} is there already, and not empty: choose another name, or remove it")
         found = open_model(ckpt, model, "fp32", "cpu", write=False)
         if not isinstance(found.model, Transformer):
             raise ValueError(

@@ -63,10 +63,15 @@ def load_tokenizer(name: str, beside: Path | None = None) -> Tokenizer:
 
 
 def _from_file(path: Path) -> Tokenizer:
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return read_vocabulary(GGUFFile(path))
-    if "added_tokens" in read_json(path, LARGEST):
+    content = read_json(path, LARGEST)
+    if "added_tokens" in content:
         return HuggingFaceTokenizer.load(path)
+    if "format" not in content:
+        raise ValueError(
+            f"{path} is neither a tokenizer.json of Hugging Face's nor a vocabulary that `llm-scratch tokenize` wrote"
+        )
     return BPETokenizer.load(path)
 
 

@@ -8,6 +8,7 @@ Llama (SmolLM2 and Mistral call themselves so, too), Qwen3 and GPT-2. Needs the 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,19 @@ from tutorial_lib.interop.weights import (
 __all__ = ["GGUFError", "gguf_config", "gguf_tokenizer", "load_gguf", "save_gguf"]
 
 ARCHITECTURES = ("llama", "qwen3", "gpt2")
+SIZES = ("max_seq_len", "d_model", "n_heads", "n_layers", "d_mlp")
+CALLED = {
+    "max_seq_len": "context_length",
+    "d_model": "embedding_length",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "n_layers": "block_count",
+    "d_head": "attention.key_length",
+    "d_mlp": "feed_forward_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_base": "rope.freq_base",
+}
+"""What they call our settings."""
 KINDS = ("F32", "F16", "Q8_0")
 """What `save_gguf` writes matrices as."""
 FACTORS = "rope_freqs.weight"
@@ -91,21 +105,16 @@ def gguf_config(path: str | Path | GGUFFile) -> ModelConfig:
         raise GGUFError(f"{file.path} has no token_embd.weight, or no layer: it holds no language model")
     if not isinstance(layers := of("block_count"), int) or layers > len(file.tensors):
         raise GGUFError(f"{file.path} speaks of {layers!r:.40} layers, but has {len(file.tensors)} tensors")
-    sizes: dict[str, Any] = {
-        "vocab_size": table.shape[0],
-        "max_seq_len": of("context_length"),
-        "d_model": of("embedding_length"),
-        "n_heads": of("attention.head_count"),
-        "n_layers": layers,
-        "d_mlp": of("feed_forward_length"),
-        "tie_embeddings": "output.weight" not in file.tensors,
-    }
+    called = {ours: f"{kind}.{theirs}" for ours, theirs in CALLED.items()}
+    sizes: dict[str, Any] = {name: file.get(called[name]) for name in SIZES}
+    sizes |= {"vocab_size": table.shape[0], "tie_embeddings": "output.weight" not in file.tensors}
     if kind == "gpt2":
         eps = of("attention.layer_norm_epsilon")
         sizes |= {"norm": "layernorm", "mlp": "gelu_tanh", "rope": False, "bias": True}
-        return check_config(file.path, **sizes, norm_eps=_decimal(eps))
+        called["norm_eps"] = "gpt2.attention.layer_norm_epsilon"
+        return check_config(file.path, called, **sizes, norm_eps=_decimal(eps))
     heads = sizes["n_heads"]
-    check_config(file.path, **sizes)  # from here on, they are numbers
+    check_config(file.path, called, **sizes)  # from here on, they are numbers
     usual = sizes["d_model"] // heads
     d_head = of("attention.key_length", usual)
     for name in ("attention.value_length", "rope.dimension_count"):
@@ -118,6 +127,7 @@ def gguf_config(path: str | Path | GGUFFile) -> ModelConfig:
         raise GGUFError(f"{file.path} says attention.sliding_window is {window!r:.40}, which is no length")
     config = check_config(
         file.path,
+        called,
         **sizes,
         n_kv_heads=of("attention.head_count_kv", heads),
         d_head=None if d_head == usual else d_head,
@@ -239,7 +249,12 @@ def save_gguf(
         writer.write_ti_data_to_file()
         for rule in found:
             tensor = rule.join([weights[own].detach().float().cpu() for own in rule.ours])
-            writer.write_tensor_data(_encode(gguf, rule.theirs, tensor, _type(gguf, tensor.shape, kind)))
+            try:
+                writer.write_tensor_data(_encode(gguf, rule.theirs, tensor, _type(gguf, tensor.shape, kind)))
+            except OSError as error:  # NumPy only says how much was asked for, and how much written
+                raise OSError(
+                    error.errno or errno.ENOSPC, "the file could not be written", str(path)
+                ) from None
     return path
 
 

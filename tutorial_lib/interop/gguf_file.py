@@ -197,7 +197,7 @@ class GGUFFile:
         rows = math.prod(info.shape[:-1])
         out = room((rows, info.shape[-1]), dtype)
         step = max(1, CHUNK // info.shape[-1])
-        with self.path.open("rb") as file:
+        with self.path.open("rb") as file, np.errstate(all="ignore"):  # `fill` looks at what came out
             file.seek(info.start)
             for piece in out.split(step):
                 raw = np.fromfile(file, np.uint8, info.nbytes // rows * len(piece)).reshape(len(piece), -1)

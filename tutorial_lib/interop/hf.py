@@ -186,6 +186,8 @@ def save_hf(
             about["eos_token_id"] = theirs.eos_id
         _write_weights(model, place, dtype, shard_bytes)
         (place / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        for file in place.glob("*.safetensors"):  # the package lets only the owner read it
+            shutil.copymode(place / "config.json", file)
         if not folder.exists():
             os.replace(place, folder)
         for file in sorted(place.glob("*"), key=lambda file: file.name == "config.json"):  # that one last

@@ -20,6 +20,27 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
+LLAMAS = {
+    "max_seq_len": "max_position_embeddings",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "n_layers": "num_hidden_layers",
+    "d_head": "head_dim",
+    "d_mlp": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_base": "rope_theta",
+}
+GPT2S = {
+    "max_seq_len": "n_positions",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "d_mlp": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
+}
+"""What they call our settings."""
+
 ASSUMED: dict[str, Any] = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -49,18 +70,20 @@ def from_hf_config(found: Mapping[str, Any], where: object = "config.json") -> M
             )
 
     def need(name: str) -> Any:
-        if name not in found:
+        if found.get(name) is None:
             raise WeightsError(f"{where} does not say {name}")
         return found[name]
 
     def said(name: str, llamas: Any) -> Any:  # the other families have other defaults
-        return found.get(name, llamas) if kind == "llama" else need(name)
+        value = found.get(name) if kind == "llama" else need(name)
+        return llamas if value is None else value
 
     tied = found.get("tie_word_embeddings", kind == "gpt2")
     if kind == "gpt2":
         _expect(where, "activation_function", found.get("activation_function", "gelu_new"), "gelu_new")
         return check_config(
             where,
+            GPT2S,
             vocab_size=need("vocab_size"),
             max_seq_len=need("n_positions"),
             d_model=need("n_embd"),
@@ -83,14 +106,17 @@ def from_hf_config(found: Mapping[str, Any], where: object = "config.json") -> M
     base, scaling = _rope(found, where)
     n_heads, d_model = need("num_attention_heads"), need("hidden_size")
     usual = d_model // n_heads if isinstance(d_model, int) and isinstance(n_heads, int) and n_heads else None
-    d_head = found.get("head_dim") or (128 if kind == "qwen3" else None)
+    d_head = found.get("head_dim")
+    if d_head is None and kind == "qwen3":
+        d_head = 128
     return check_config(
         where,
+        LLAMAS,
         vocab_size=need("vocab_size"),
         max_seq_len=said("max_position_embeddings", 2048),
         d_model=d_model,
         n_heads=n_heads,
-        n_kv_heads=said("num_key_value_heads", None) or n_heads,
+        n_kv_heads=said("num_key_value_heads", n_heads),
         n_layers=need("num_hidden_layers"),
         d_head=None if d_head == usual else d_head,
         d_mlp=need("intermediate_size"),
@@ -114,9 +140,15 @@ def _rope(found: Mapping[str, Any], where: object) -> tuple[float, RopeScaling |
     new, old = found.get("rope_parameters") or {}, found.get("rope_scaling") or {}
     if not isinstance(new, Mapping) or not isinstance(old, Mapping):
         raise WeightsError(f"{where} has RoPE parameters that are no table")
+    old, new = ({"rope_type": table["type"], **table} if "type" in table else table for table in (old, new))
+    old = {"rope_theta": found["rope_theta"], **old} if "rope_theta" in found else old
+    for name in old.keys() & new.keys():
+        if old[name] != new[name]:
+            raise WeightsError(
+                f"{where} says two things about RoPE's {name}: {new[name]!r:.40} and {old[name]!r:.40}"
+            )
     about = {**old, **new}
-    base = about.get("rope_theta", found.get("rope_theta", 10_000.0))
-    kind = about.get("rope_type", about.get("type", "default"))
+    base, kind = about.get("rope_theta", 10_000.0), about.get("rope_type", "default")
     if about.get("partial_rotary_factor", 1.0) != 1.0:
         raise WeightsError(f"{where} turns only a part of the channels, but our RoPE turns all")
     if kind == "default":

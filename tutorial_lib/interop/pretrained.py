@@ -76,24 +76,28 @@ def open_pretrained(
     how = {"dtype": _dtype(dtype), "device": device, "put": put_laid_out if to_write else put}
     if dtype == "int8":
         how["put"] = put_int8
-    if path.is_dir():
+    if name and path.is_dir():
         return _folder(path, how)
-    if path.suffix == ".gguf":
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
         return _gguf(path, name, how)
-    if path.suffix in PICKLES:
-        raise WeightsError(
-            f"{path} is a pickle, which can run code when it is read: only safetensors and GGUF are"
-        )
-    if path.suffix == ".safetensors":
-        raise WeightsError(f"{path} has only numbers: give the folder that has its config.json, too")
-    if not path.exists() and path.suffix != ".ckpt":
-        if looks_like_hub_id(name):  # with dots, perhaps: Qwen/Qwen3-0.6B
+    if not path.is_file() and suffix != ".ckpt":
+        if looks_like_hub_id(name) and suffix not in (
+            *PICKLES,
+            ".safetensors",
+        ):  # others may have a dot: Qwen3-0.6B
             return _folder(download(name), how)
         known = ", ".join(MODELS)
         raise WeightsError(
             f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
             "owner/model"
         )
+    if suffix in PICKLES:
+        raise WeightsError(
+            f"{path} is a pickle, which can run code when it is read: only safetensors and GGUF are"
+        )
+    if suffix == ".safetensors":
+        raise WeightsError(f"{path} has only numbers: give the folder that has its config.json, too")
     return open_checkpoint(path, dtype, device, to_write)
 
 

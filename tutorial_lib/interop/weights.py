@@ -33,24 +33,35 @@ LIMITS = {
     "d_mlp": 1 << 20,
 }
 """No model is larger. Whoever says so in a file wants our memory, not to be loaded."""
+MAY_BE_LEFT_OUT = ("n_kv_heads", "d_head", "d_mlp")
 
 
-def check_config(where: object, **sizes: Any) -> ModelConfig:
+def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> ModelConfig:
     """A `ModelConfig` from what a file says.
+
+    Args:
+        called: What the file calls our settings.
 
     Raises:
         WeightsError: if a size is no whole number, or absurd, or they do not fit together.
     """
     for name, most in LIMITS.items():
         value = sizes.get(name)
-        if value is None:
+        if value is None and (name not in sizes or name in MAY_BE_LEFT_OUT):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise WeightsError(f"{where} says {name} is {value!r:.60}, but it must be between 1 and {most:,}")
+            theirs = called.get(name, name)
+            if value is None:
+                raise WeightsError(f"{where} does not say {theirs}")
+            raise WeightsError(
+                f"{where} says {theirs} is {value!r:.60}, but it must be between 1 and {most:,}"
+            )
     for name in ("norm_eps", "rope_base"):
         value = sizes.get(name, 1.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise WeightsError(f"{where} says {name} is {value!r:.60}, but it must be above 0")
+            raise WeightsError(
+                f"{where} says {called.get(name, name)} is {value!r:.60}, but it must be above 0"
+            )
     try:
         return ModelConfig(**sizes)
     except (TypeError, ValueError) as error:
@@ -145,7 +156,8 @@ def fill(
     known = {rule.theirs: rule for rule in rules}
     for name in known:
         if name not in shapes:
-            near = difflib.get_close_matches(name, shapes, n=1, cutoff=0.8)
+            spares = [found for found in shapes if found not in known]
+            near = difflib.get_close_matches(name, spares, n=1, cutoff=0.8)
             hint = f" (there is a {near[0]!r})" if near else ""
             raise WeightsError(f"{where}: the tensor {name!r} is missing{hint}")
     for name, found in shapes.items():
@@ -165,6 +177,11 @@ def fill(
                 raise WeightsError(
                     f"{where}: the tensor {rule.theirs!r} holds {str(tensor.dtype).removeprefix('torch.')}, "
                     "which are no weights as they are"
+                )
+            wide = tensor.float() if tensor.itemsize == 1 else tensor  # of 8 bits, torch cannot say it
+            if not all(extreme.isfinite() for extreme in wide.aminmax()):
+                raise WeightsError(
+                    f"{where} is damaged: the tensor {rule.theirs!r} has numbers that are not finite"
                 )
             for name, weight in zip(rule.ours, rule.split(tensor), strict=True):
                 put(model, name, _own(weight.to(device, dtype)))

@@ -58,11 +58,10 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
                 f"{getattr(brought, name)!r}: leave the model table out"
             )
     config.model = brought
-    learned = found.model.positions is not None
-    if learned and config.train.seq_len > config.model.max_seq_len:
+    if config.train.seq_len > config.model.max_seq_len:
         raise ConfigError(
-            f"train.seq_len is {config.train.seq_len}, but the positions of {config.train.init_from} end at "
-            f"{config.model.max_seq_len}"
+            f"train.seq_len is {config.train.seq_len}, but {config.train.init_from} reads at most "
+            f"{config.model.max_seq_len:,} tokens"
         )
     dataset = config.data.dataset
     shards = dataset not in CORPORA and Path(dataset).expanduser().is_dir()  # they know their tokenizer
