@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -65,7 +66,7 @@ class Terminal:
         if self.pid == 0:
             os.environ.update(OMP_NUM_THREADS="1", TERM="dumb", PYTHONPATH=str(ROOT))
             os.execv(sys.executable, [sys.executable, "-m", "tutorial_lib.cli.chat", *words])
-        self.seen = ""
+        self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def until(self, pattern: str, seconds: float = 60) -> str:
         """What is shown up to a pattern."""
@@ -74,7 +75,7 @@ class Terminal:
             assert time.monotonic() < end, f"{pattern!r} did not come: {self.seen[-300:]!r}"
             if select.select([self.fd], [], [], 0.2)[0]:
                 try:
-                    self.seen += os.read(self.fd, 1 << 16).decode("utf-8", errors="replace")
+                    self.seen += self.decoder.decode(os.read(self.fd, 1 << 16))
                 except OSError as error:
                     raise AssertionError(f"it ended: {self.seen[-300:]!r}") from error
         shown, self.seen = self.seen[: found.end()], self.seen[found.end() :]
@@ -92,7 +93,7 @@ class Terminal:
                 return os.waitstatus_to_exitcode(status)
             try:
                 if select.select([self.fd], [], [], 0.1)[0]:
-                    self.seen += os.read(self.fd, 1 << 16).decode("utf-8", errors="replace")
+                    self.seen += self.decoder.decode(os.read(self.fd, 1 << 16))
             except OSError:  # it has let go of the terminal, and is still tidying up
                 time.sleep(0.1)
         os.kill(self.pid, signal.SIGKILL)

@@ -230,8 +230,19 @@ def test_dry_run_writes_nothing(home):
     before = files(home)
     result = run("train", "-c", "small.yaml", "--dry-run")
     assert result.exit_code == 0 and files(home) == before
-    for word in ("parameters: total", "FLOPs per token", "memory: total", "tokens/s", "time"):
+    for word in (
+        "parameters: total",
+        "FLOPs per token",
+        "memory: scores",
+        "memory: total",
+        "tokens/s",
+        "time",
+    ):
         assert word in result.output
+    assert "more than this machine" not in result.output
+    large = ["model.d_model=65536", "model.n_layers=500", "train.device=cpu"]
+    result = run("train", "-c", "small.yaml", *large, "--dry-run")
+    assert result.exit_code == 0 and "more than this machine" in result.output
 
 
 @pytest.mark.slow

@@ -155,6 +155,7 @@ def test_ctrl_c_between_two_layers(model, step, layer):
         list(talk.ask("how are you?"))
     hook.remove()
     assert model.training and taking_turns(talk)
+    assert len(talk.messages) == (4 if step else 2), "a question without a word of an answer was not asked"
     ask(talk, "go on")
     ask(talk, "and on")
 
@@ -297,7 +298,7 @@ def test_a_message_that_the_template_refuses_was_not_said():
 
 @pytest.mark.parametrize("context", [0, 1, 321])
 def test_a_context_that_the_model_does_not_have(context):
-    with pytest.raises(ValueError, match=f"a context of {context} tokens does not fit the model"):
+    with pytest.raises(ValueError, match=f"the context is {context} tokens, but must be between 2 and the "):
         talk_to(build(), context=context)
 
 

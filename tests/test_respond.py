@@ -94,6 +94,21 @@ def test_what_is_longer_than_the_training_length_moves_through_a_window(shape, l
     assert reply.ids == [int(token) for token in loop]
 
 
+@pytest.mark.parametrize("length", [7, 23, 24])
+def test_until_the_window_moves_nothing_is_read_twice(length):
+    model, read = build(max_seq_len=24), []
+    hook = model.tokens.register_forward_pre_hook(lambda module, given: read.append(given[0].shape[1]))
+    complete(model, BYTES, [replace(BOLD, ids=prompt(length), max_new_tokens=30, stop=())])
+    hook.remove()
+    assert read == [length] + [1] * (24 - length) + [24] * (29 - (24 - length))
+
+
+def test_ids_that_the_model_does_not_know():
+    for ids in ([1, 257], [-1]):
+        with pytest.raises(ValueError, match=rf"the prompt has the id {ids[-1]}, but .* from 0 to 256"):
+            complete(build(), BYTES, [Request(ids, 3)])
+
+
 @each_shape
 def test_a_prompt_is_read_in_pieces(shape, monkeypatch):
     model, requests = build(**SHAPES[shape]), [BOLD, replace(BOLD, ids=prompt(29, 1), max_new_tokens=9)]
@@ -308,6 +323,7 @@ def test_a_cache_that_holds_everything_already():
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
+        ({"stop": "ab"}, "stop is the text 'ab', but must be a tuple"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),

@@ -6,6 +6,7 @@ import difflib
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Annotated
 
@@ -82,6 +83,8 @@ def chat(
         take_any_bytes()
         person = sys.stdin.isatty()
         if person:
+            with suppress(ImportError):  # on Windows, the terminal itself edits lines
+                import readline  # noqa: F401 - arrow keys, and what was typed before
             speak(
                 f"{model or ckpt}: {talk.context:,} tokens of context. /help lists the commands, Ctrl-D leaves."
             )
@@ -120,20 +123,23 @@ def _read(person: bool) -> str:
 
 
 def _answer(talk: Conversation, line: str, person: bool) -> None:
-    start, forgotten, pieces = time.perf_counter(), talk.forgotten, 0
+    start, forgotten, pieces, read = time.perf_counter(), talk.forgotten, 0, 0
     try:
         if person:
             print("\n", end="")
         for piece in talk.ask(line):
             print(piece, end="", flush=True)
-            pieces += 1
+            pieces, read = pieces + 1, read or talk.used
         print(flush=True)
     except KeyboardInterrupt:
         print(" …", flush=True)
     if person:
         seconds = time.perf_counter() - start
+        written = max(
+            pieces, talk.used - read if read else 0
+        )  # a token may be no text yet, and wait for the next
         console.print(
-            f"[dim]{pieces / seconds:.1f} pieces/s, {talk.used:,} of {talk.context:,} tokens[/]",
+            f"[dim]{written / seconds:.1f} tokens/s, {talk.used:,} of {talk.context:,} tokens[/]",
             highlight=False,
         )
     if (n := talk.forgotten - forgotten) > 0:

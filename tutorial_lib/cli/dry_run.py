@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.table import Table
 
 from tutorial_lib.cli.common import console
@@ -59,6 +61,10 @@ def report(config: Config) -> None:
     rows = train.micro_batch_size or train.batch_size
     few_bytes = 4 if precision.dtype == torch.float32 else 2
     memory = training_memory(shape, rows, train.seq_len, activation_bytes=few_bytes)
+    total = memory.pop("total")
+    # When the backward pass begins, beside all that is kept for it: the scores and their gradient, in fp32.
+    memory["scores"] = 2 * 4 * rows * train.seq_len * config.model.vocab_size
+    memory["total"] = total + memory["scores"]
 
     table = Table(title=f"{config.log.name}: a dry run", show_header=False, title_justify="left")
     for name, count in parameters.items():
@@ -71,6 +77,10 @@ def report(config: Config) -> None:
     for name, size in memory.items():
         note = f" ({rows} rows at once, estimated)" if name == "activations" else ""
         table.add_row(f"memory: {name}", f"{size / 2**20:,.0f} MiB{note}")
+    here = _machine_memory()
+    if device.type == "cpu" and here is not None and memory["total"] > here:
+        advice = "a smaller train.micro_batch_size takes less"
+        table.add_row("", f"[bold]more than this machine's {here / 2**20:,.0f} MiB[/]: {advice}")
     if train.activation_checkpointing:
         table.add_row("", "activation checkpointing keeps a fraction of the activations")
     table.add_section()
@@ -86,6 +96,13 @@ def report(config: Config) -> None:
             "", f"train.max_seconds {train.max_seconds:g} ends it after about {share:.0%} of the steps"
         )
     console.print(table)
+
+
+def _machine_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
 
 
 def _tokens_per_second(config: Config, flops_per_token: float, peak: float) -> tuple[float, str]:

@@ -97,6 +97,8 @@ def evaluate(
         if T < 1 or batch_size < 1:
             raise ValueError(f"--seq-len is {T} and --batch-size {batch_size}, but both must be at least 1")
         check_fits(tokens, T, "evaluate on")
+        if T > found.model.config.max_seq_len:
+            speak(f"note: the model was trained on {found.model.config.max_seq_len:,} tokens, not on {T:,}")
         ratio = source.bytes_per_token(tokens)
         with pick_precision(amp, pick_device(device)).autocast():
             score = measure(

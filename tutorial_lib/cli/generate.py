@@ -13,6 +13,9 @@ from tutorial_lib.serve.respond import Request, complete, respond
 
 __all__ = ["generate"]
 
+AT_ONCE = 32
+"""Texts that are written together: each has a cache of its own."""
+
 
 def generate(
     ckpt: Ckpt = None,
@@ -41,7 +44,9 @@ def generate(
     num_samples: Annotated[
         int, typer.Option("--num-samples", "--num_samples", help="Texts for each prompt.")
     ] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed writes the same texts: the second has seed + 1, …")
+    ] = None,
     dtype: Dtype = "fp32",
     device: Device = None,
 ) -> None:
@@ -70,15 +75,20 @@ def generate(
             )
             for number, text in enumerate(texts)
         ]
+        longest, reads = max(len(request.ids) for request in requests), found.model.config.max_seq_len
+        if longest > reads:
+            speak(f"note: a prompt has {longest:,} tokens, and the model reads only the last {reads:,}")
         if len(texts) == 1:
             print(texts[0], end="", flush=True)
             for _, piece in respond(found.model, found.tokenizer, requests):
                 print(piece, end="", flush=True)
             print()
             return
-        for number, reply in enumerate(complete(found.model, found.tokenizer, requests)):
-            speak(f"── {number + 1} of {len(texts)}")
-            print(texts[number] + reply.text, flush=True)
+        for start in range(0, len(texts), AT_ONCE):
+            replies = complete(found.model, found.tokenizer, requests[start : start + AT_ONCE])
+            for number, reply in enumerate(replies, start):
+                speak(f"── {number + 1} of {len(texts)}")
+                print(texts[number] + reply.text, flush=True)
 
 
 if __name__ == "__main__":

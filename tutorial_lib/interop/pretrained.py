@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,9 @@ def open_pretrained(
         ):  # others may have a dot: Qwen3-0.6B
             return _folder(download(name), how)
         known = ", ".join(MODELS)
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        if near:
+            raise WeightsError(f"there is no model {name!r}: did you mean {near[0]!r}?")
         raise WeightsError(
             f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
             "owner/model"

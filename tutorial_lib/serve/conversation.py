@@ -46,7 +46,7 @@ class Conversation:
         longest = model.config.max_seq_len
         if context is not None and not 2 <= context <= longest:
             raise ValueError(
-                f"a context of {context} tokens does not fit the model: it was trained on {longest:,}"
+                f"the context is {context:,} tokens, but must be between 2 and the {longest:,} that the model reads"
             )
         self.model, self.tokenizer, self.template, self.how = model, tokenizer, template, how
         self.context, self.system = context or longest, system
@@ -66,7 +66,8 @@ class Conversation:
         self.messages, self.forgotten, self.used = [], 0, 0
 
     def ask(self, text: str) -> Iterator[str]:
-        """Say something; gives the answer piece by piece. If it is interrupted, what was said so far stays said.
+        """Say something; gives the answer piece by piece. If it is interrupted, what was said so far stays said, and
+        a question without a word of an answer was not asked.
 
         Raises:
             ValueError: if the message alone does not fit; then it was not said.
@@ -75,22 +76,27 @@ class Conversation:
         question: Message = {"role": "user", "content": text}
         answer: Message = {"role": "assistant", "content": ""}
         ids, self.forgotten = self._fit(question)
-        self.messages += [question, answer]  # both at once: whenever Ctrl-C comes, they take turns
-        self.used = len(ids)
-        room = min(self.how.max_new_tokens, self.context - len(ids))
-        cache = self._prepare(ids, len(ids) + room)
-        request = replace(self.how, ids=ids, max_new_tokens=room)
-        with closing(respond(self.model, self.tokenizer, [request], cache)) as steps:
-            while True:
-                try:
-                    _, piece = next(steps)
-                except StopIteration as end:
-                    (reply,) = end.value
-                    break
-                if not self._rolling:
-                    self._held = ids  # the prompt was read; how much of the answer was, is not known yet
-                answer["content"] += piece
-                yield piece
+        try:
+            self.messages += [question, answer]  # both at once: whenever Ctrl-C comes, they take turns
+            self.used = len(ids)
+            room = min(self.how.max_new_tokens, self.context - len(ids))
+            cache = self._prepare(ids, len(ids) + room)
+            request = replace(self.how, ids=ids, max_new_tokens=room)
+            with closing(respond(self.model, self.tokenizer, [request], cache)) as steps:
+                while True:
+                    try:
+                        _, piece = next(steps)
+                    except StopIteration as end:
+                        (reply,) = end.value
+                        break
+                    if not self._rolling:
+                        self._held = ids  # the prompt was read; how much of the answer was, is not known yet
+                    answer["content"] += piece
+                    yield piece
+        except BaseException:
+            if not answer["content"] and self.messages[-1:] == [answer]:
+                del self.messages[-2:]
+            raise
         self.used += len(reply.ids)
         if cache is not None:
             self._held = (ids + reply.ids)[: cache[0].length]

@@ -11,6 +11,7 @@ import codecs
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class Request:
             )
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}, but must fit into 64 bits")
+        if isinstance(self.stop, str):
+            raise ValueError(
+                f"stop is the text {self.stop!r}, but must be a tuple of texts: ({self.stop!r},)"
+            )
         if "" in self.stop:
             raise ValueError("a stop text is empty, which would be found at once")
 
@@ -140,8 +145,8 @@ def respond(
     """Answer all requests at once: gives pieces of text as they become certain, each with its request's number.
 
     Args:
-        model: A `Transformer`. Another model that takes ids and gives logits, or a text longer than the model was
-            trained on, is read anew for each token, through a window that moves along.
+        model: A `Transformer`. Another model that takes ids and gives logits, or a text that has become longer than
+            the model was trained on, is read anew for each token, through a window that moves along.
         cache: Of a conversation, for one request: as many of the request's first tokens as it holds are not read
             again. At the end it holds the prompt and the answer, but for the last token.
 
@@ -155,16 +160,18 @@ def respond(
     writers = [_Writer(request, tokenizer, device) for request in requests]
     known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
     texts = [list(request.ids) for request in requests]
-    room = max((request.max_new_tokens for request in requests), default=0)
-    longest = max((len(r.ids) + r.max_new_tokens for r in requests), default=0)
+    most = max((request.max_new_tokens for request in requests), default=0)
+    longest = max(map(len, texts), default=0)
+    steps = _moving_window(model, texts)
     if isinstance(model, Transformer) and (cache is not None or longest <= model.config.max_seq_len):
-        steps = _cached(model, texts, room, cache)
-    else:
-        steps = _moving_window(model, texts)
+        room = most
+        if cache is None:
+            room = min(most, model.config.max_seq_len - longest)  # then the window moves
+        steps = chain(_cached(model, texts, room, cache), steps)
     was_training = model.training
     try:
         model.eval()
-        scores = next(steps) if room else None
+        scores = next(steps) if most else None
         while any(writer.reply.end is None for writer in writers):
             assert scores is not None
             for row, writer in enumerate(writers):
@@ -186,8 +193,11 @@ def respond(
 def _cached(
     model: Transformer, texts: list[list[int]], room: int, cache: list[KVCache] | None
 ) -> Iterator[Tensor]:
-    """Scores for the next token `(B, V)`, as often as asked; in between, every text has got one token more."""
-    device = model.norm.weight.device
+    """Scores for the next token `(B, V)`, while there is room; in between, every text has got one token more."""
+    device, rows = model.norm.weight.device, model.config.vocab_size
+    for i in chain(*texts):
+        if not 0 <= i < rows:
+            raise ValueError(f"the prompt has the id {i}, but the model knows those from 0 to {rows - 1:,}")
     ids, positions = left_pad(texts)
     ids, positions = ids.to(device), positions.to(device)
     if cache is None:
@@ -199,9 +209,10 @@ def _cached(
     for start in range(0, ids.shape[1], CHUNK):
         piece = slice(start, start + CHUNK)
         hidden = _read(model, ids[:, piece], positions[:, piece] if padded else None, cache)
-    while True:
-        yield model.logits(hidden[:, -1])
+    yield model.logits(hidden[:, -1])
+    for _ in range(room):
         hidden = _read(model, torch.tensor([text[-1:] for text in texts], device=device), None, cache)
+        yield model.logits(hidden[:, -1])
 
 
 def _read(model: Transformer, ids: Tensor, positions: Tensor | None, cache: list[KVCache]) -> Tensor:
