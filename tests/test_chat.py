@@ -170,6 +170,8 @@ def test_export_and_back(folder, tmp_path, monkeypatch):
     for model in (load_gguf("small.gguf"), load_hf("again"), open_pretrained("LOUD.GGUF").model):
         assert all(torch.equal(a, b) for a, b in zip(original.parameters(), model.parameters(), strict=True))
     again = open_pretrained("again")
+    with pytest.raises(ValueError, match="is no device of torch's: use"):
+        open_pretrained("again", device="gpu")
     assert again.template.source == CHATML
     assert same_tokenizer(again.tokenizer, load_tokenizer(str(folder)))
     for words, sentence in (

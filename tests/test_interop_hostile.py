@@ -452,6 +452,7 @@ def test_a_model_that_is_far_larger_than_its_file(folder):
             {"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}},
             "RoPE's rope_theta: 8.0 and 7.0",
         ),
+        "no base": ({"rope_theta": None, "rope_parameters": {"rope_theta": -8.0}}, "rope_theta is -8.0"),
         "two scalings": (
             {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
             "RoPE's rope_type: 'default' and 'yarn'",

@@ -23,6 +23,7 @@ from tutorial_lib.interop.weights import WeightsError, put
 from tutorial_lib.quant.int8 import put_int8, to_int8
 from tutorial_lib.serve.layout import lay_out, put_laid_out
 from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
+from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.train.checkpoint import load_model
 
 __all__ = ["DTYPES", "Pretrained", "open_checkpoint", "open_pretrained"]
@@ -73,6 +74,7 @@ def open_pretrained(
     Raises:
         WeightsError, CheckpointError, CorpusError, ValueError: if it cannot be had, or is not what it should be.
     """
+    device = pick_device(str(device))  # says so if this machine has none
     path = fetch(name) if name in MODELS else Path(name).expanduser()
     how = {"dtype": _dtype(dtype), "device": device, "put": put_laid_out if to_write else put}
     if dtype == "int8":
