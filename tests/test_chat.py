@@ -175,7 +175,7 @@ def test_export_and_back(folder, tmp_path, monkeypatch):
     assert again.template.source == CHATML
     assert same_tokenizer(again.tokenizer, load_tokenizer(str(folder)))
     for words, sentence in (
-        (["again", "--model", "small.gguf"], "not empty"),
+        (["again", "--model", "small.gguf"], "there already"),
         (["small.gguf", "--model", "again"], "there already"),
         (["x.gguf", "--model", "small.gguf", "--kind", "Q3"], "can hold F32, F16, Q8_0"),
         (["x", "--model", "small.gguf", "--kind", "Q8_0"], "can hold fp32, bf16, fp16"),
@@ -186,6 +186,24 @@ def test_export_and_back(folder, tmp_path, monkeypatch):
         result = run("export", *words)
         assert result.exit_code == 2 and sentence in result.output and not Path("x").exists(), result.output
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_run_with_windows_goes_on(text):
+    """YAML makes a list of what was a tuple."""
+    tokenizer = ByteTokenizer(["<|eos|>"])
+    config = ModelConfig(257, 64, 32, 4, 2, 2, qk_norm=True, window=(None, 8), d_head=8)
+    save_hf(Transformer(config), text.parent / "windows", tokenizer)
+    how = [
+        "log.name=w",
+        "train.batch_size=2",
+        "train.seq_len=16",
+        "train.warmup_steps=0",
+        "log.tensorboard=false",
+    ]
+    first = run("train", "train.init_from=windows", f"data.dataset={text}", "train.steps=2", *how)
+    assert first.exit_code == 0, first.output
+    again = run("train", "-c", "runs/w/config.yaml", "train.steps=3", "--resume")
+    assert again.exit_code == 0, again.output
 
 
 def test_a_model_whose_texts_began_with_bos(folder, text):

@@ -215,6 +215,24 @@ def test_ctrl_c_at_any_line(model):
         ask(talk, "go on")
 
 
+def test_a_question_that_was_not_asked_makes_nothing_forgotten():
+    model = build()
+    talk = talk_to(model, context=120)
+    ask(talk, "hello")
+    ask(talk, "again")
+    before = list(talk.messages), talk.forgotten, talk.used
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.blocks[0].attn.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(talk.ask("a long question, for which all that was said before has to go"))
+    hook.remove()
+    assert (talk.messages, talk.forgotten, talk.used) == before
+    ask(talk, "go on")
+
+
 def test_ctrl_c_in_the_middle_of_writing_into_the_cache(monkeypatch):
     # Half of a layer's new keys are there, its length says nothing of them.
     for model in (build(), build(window=10)):

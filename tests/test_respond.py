@@ -103,8 +103,18 @@ def test_until_the_window_moves_nothing_is_read_twice(length):
     assert read == [length] + [1] * (24 - length) + [24] * (29 - (24 - length))
 
 
+def test_a_long_prompt_that_ends_in_time_takes_the_cache_from_nobody():
+    model, read = build(max_seq_len=32), []
+    hook = model.tokens.register_forward_pre_hook(lambda module, given: read.append(given[0].numel()))
+    requests = [Request(prompt(28), 4, temperature=0), Request(prompt(3, 1), 29, temperature=0)]
+    together = complete(model, BYTES, requests)
+    assert sum(read) == 2 * (28 + 28)
+    hook.remove()
+    assert together == [complete(model, BYTES, [request])[0] for request in requests]
+
+
 def test_ids_that_the_model_does_not_know():
-    for ids in ([1, 257], [-1]):
+    for ids in ([1, 257], [-1], prompt(70) + [257]):
         with pytest.raises(ValueError, match=rf"the prompt has the id {ids[-1]}, but .* from 0 to 256"):
             complete(build(), BYTES, [Request(ids, 3)])
 
@@ -201,7 +211,7 @@ class Says(nn.Module):
 
     def __init__(self, ids: list[int], vocab_size: int) -> None:
         super().__init__()
-        self.config = SimpleNamespace(max_seq_len=10_000)
+        self.config = SimpleNamespace(max_seq_len=10_000, vocab_size=257)
         self.ids, self.vocab_size = ids, vocab_size
         self.weight = nn.Parameter(torch.zeros(1))
 

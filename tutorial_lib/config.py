@@ -159,7 +159,8 @@ def _check(config: Config) -> None:
         )
     if train.warmup_steps >= train.steps and train.warmup_steps > 0:
         raise ConfigError(
-            f"train.warmup_steps is {train.warmup_steps}, but the run has {train.steps} steps in all: train.warmup_steps=0 does without"
+            f"train.warmup_steps is {train.warmup_steps}, but the run has {train.steps} steps in all: "
+            "train.warmup_steps=0 does without"
         )
     _one_of("train.schedule", train.schedule, SCHEDULES)
     _one_of("train.optimizer", train.optimizer, KINDS)

@@ -42,8 +42,10 @@ def read_json(path: Path, most: int) -> dict[str, Any]:
     try:
         size = path.stat().st_size
         found = json.loads(path.read_text(encoding="utf-8")) if size <= most else None
-    except OSError:
+    except FileNotFoundError:
         raise ValueError(f"there is no {path.name} in {path.parent}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}" if str(error) else f"{path} is not JSON") from None
     if size > most:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
 import traceback
@@ -209,15 +208,22 @@ def _gave_none(exercise: Exercise, probe: Probe, thing: Any) -> list[str]:
 
         return call
 
-    if isinstance(thing, type):
-        methods = {
-            name: watched(name, f)
-            for name, f in vars(thing).items()
-            if isinstance(f, types.FunctionType) and hasattr(exercise.reference, name) and name != "__init__"
-        }
-        thing = type(thing)(thing.__name__, (thing,), methods)
-    elif callable(thing):
-        thing = watched(exercise.symbol, thing)
-    with contextlib.suppress(BaseException), guarded(5.0):
-        run_probe(probe, thing)
+    try:
+        with guarded(5.0):
+            if isinstance(thing, type):
+                methods = {
+                    name: watched(name, f)
+                    for name, f in vars(thing).items()
+                    if isinstance(f, types.FunctionType)
+                    and name in vars(exercise.reference)
+                    and name != "__init__"
+                }
+                thing = type(thing)(thing.__name__, (thing,), methods)  # an Enum has no heirs
+            elif callable(thing):
+                thing = watched(exercise.symbol, thing)
+            run_probe(probe, thing)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        pass  # who gave None until then is known
     return names

@@ -33,9 +33,11 @@ def speak(sentence: str) -> None:
 
 
 def take_any_bytes() -> None:
-    """Let stdin hand on bytes that are no text: they are found, and named, where the text is used."""
+    """Let stdin hand on bytes that are no text: they are named where the text is used. And stdout shows what it can."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager

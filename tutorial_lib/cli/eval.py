@@ -81,8 +81,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model: llm-scratch eval --ckpt runs/base/latest.ckpt --split val, or --model smollm2
 
-    Every token is predicted once, in windows that do not overlap (after BOS, if all its texts began so). Loss and perplexity are per token, and mean
-    nothing beside another tokenizer's; bits per byte and the perplexities of words and bytes do.
+    Every token is predicted once, in windows that do not overlap (after BOS, if all its texts began so). Loss and
+    perplexity are per token, and mean nothing beside another tokenizer's; bits per byte and byte perplexity do.
     """
     with sentences():
         found = open_model(ckpt, model, dtype, device, write=False)
@@ -93,12 +93,15 @@ def evaluate(
         run = found.about.get("run", {})
         starts = [] if run else found.starts  # a run of ours reads its text from anywhere
         T = seq_len or run.get("train", {}).get("seq_len")
-        T = T or min(LONGEST, found.model.config.max_seq_len - len(starts))
+        longest = found.model.config.max_seq_len - len(starts)
+        T = T or min(LONGEST, longest)
         if T < 1 or batch_size < 1:
             raise ValueError(f"--seq-len is {T} and --batch-size {batch_size}, but both must be at least 1")
         check_fits(tokens, T, "evaluate on")
-        if T > found.model.config.max_seq_len:
-            speak(f"note: the model was trained on {found.model.config.max_seq_len:,} tokens, not on {T:,}")
+        if T > longest and getattr(found.model, "rope", None) is None:
+            raise ValueError(f"--seq-len is {T:,}, but the model has positions for {longest:,} tokens only")
+        if T > longest:
+            speak(f"note: the model was trained on {longest:,} tokens, not on {T:,}")
         ratio = source.bytes_per_token(tokens)
         with pick_precision(amp, pick_device(device)).autocast():
             score = measure(

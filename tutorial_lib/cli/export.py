@@ -41,7 +41,7 @@ def export(
         if kind not in kinds:
             raise ValueError(f"--kind is {kind!r}, but {out} can hold {', '.join(kinds)}")
         if out.exists() and (to_gguf or not out.is_dir() or any(out.iterdir())):  # said before all is loaded
-            raise ValueError(f"{out} is there already, and not empty: choose another name, or remove it")
+            raise ValueError(f"{out} is there already: choose another name, or remove it")
         found = open_model(ckpt, model, "fp32", "cpu", write=False)
         if not isinstance(found.model, Transformer):
             raise ValueError(

@@ -23,7 +23,7 @@ def generate(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to write on from; - reads it from stdin. Several are written on at once; without any, from an empty line."
+            help="What to write on from; - reads it from stdin, none is an empty line. Several go at once."
         ),
     ] = None,
     max_new_tokens: Annotated[

@@ -140,9 +140,9 @@ def _rope(found: Mapping[str, Any], where: object) -> tuple[float, RopeScaling |
     new, old = found.get("rope_parameters") or {}, found.get("rope_scaling") or {}
     if not isinstance(new, Mapping) or not isinstance(old, Mapping):
         raise WeightsError(f"{where} has RoPE parameters that are no table")
-    old, new = ({"rope_type": table["type"], **table} if "type" in table else table for table in (old, new))
     old = {"rope_theta": found.get("rope_theta"), **old}
     old, new = ({name: value for name, value in table.items() if value is not None} for table in (old, new))
+    old, new = ({"rope_type": table["type"], **table} if "type" in table else table for table in (old, new))
     for name in sorted(old.keys() & new.keys()):
         if old[name] != new[name]:
             raise WeightsError(

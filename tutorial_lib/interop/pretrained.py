@@ -60,7 +60,7 @@ class Pretrained:
 
 
 def open_pretrained(
-    name: str, dtype: str = "fp32", device: torch.device | str = "cpu", to_write: bool = False
+    name: str | Path, dtype: str = "fp32", device: torch.device | str = "cpu", to_write: bool = False
 ) -> Pretrained:
     """Load a model.
 
@@ -74,7 +74,7 @@ def open_pretrained(
     Raises:
         WeightsError, CheckpointError, CorpusError, ValueError: if it cannot be had, or is not what it should be.
     """
-    device = pick_device(str(device))  # says so if this machine has none
+    name, device = str(name), pick_device(str(device))  # says so if this machine has none
     path = fetch(name) if name in MODELS else Path(name).expanduser()
     how = {"dtype": _dtype(dtype), "device": device, "put": put_laid_out if to_write else put}
     if dtype == "int8":
@@ -91,7 +91,7 @@ def open_pretrained(
         ):  # others may have a dot: Qwen3-0.6B
             return _folder(download(name), how)
         known = ", ".join(MODELS)
-        near = difflib.get_close_matches(name, MODELS, n=1)
+        near = difflib.get_close_matches(name.lower(), MODELS, n=1)
         if near:
             raise WeightsError(f"there is no model {name!r}: did you mean {near[0]!r}?")
         raise WeightsError(

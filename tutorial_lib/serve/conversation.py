@@ -75,8 +75,9 @@ class Conversation:
         """
         question: Message = {"role": "user", "content": text}
         answer: Message = {"role": "assistant", "content": ""}
-        ids, self.forgotten = self._fit(question)
+        before = len(self.messages), self.forgotten, self.used
         try:
+            ids, self.forgotten = self._fit(question)
             self.messages += [question, answer]  # both at once: whenever Ctrl-C comes, they take turns
             self.used = len(ids)
             room = min(self.how.max_new_tokens, self.context - len(ids))
@@ -94,8 +95,9 @@ class Conversation:
                     answer["content"] += piece
                     yield piece
         except BaseException:
-            if not answer["content"] and self.messages[-1:] == [answer]:
-                del self.messages[-2:]
+            if not answer["content"]:
+                said, self.forgotten, self.used = before
+                del self.messages[said:]
             raise
         self.used += len(reply.ids)
         if cache is not None:

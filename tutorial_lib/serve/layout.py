@@ -30,6 +30,8 @@ def lay_out(model: nn.Module) -> nn.Module:
 
     Those that have at least as many rows as columns, stacked if they can be, come to lie column by column. The rule
     looks at shapes alone, and not at a clock: the same seed has to write the same text tomorrow.
+
+    Hooks on stacked matrices are not called for one token alone, and `copy.deepcopy` gives them memory of their own.
     """
     stacked: set[nn.Module] = set()
     for module in model.modules():  # a layer comes before its matrices
@@ -131,7 +133,8 @@ def _stack(layer: nn.Module, members: tuple[nn.Linear, ...]) -> None:
             member.weight = nn.Parameter(weight)
         else:  # the same parameter: an optimizer may know it
             member.weight.data = weight
-    layer.__class__ = _STACKS.get(type(layer), (type(layer),))[0]
+    if type(layer) in _STACKS:
+        layer.__class__ = _STACKS[type(layer)][0]
 
 
 def _matrix(members: tuple[nn.Linear, ...]) -> Tensor | None:

@@ -160,13 +160,23 @@ def respond(
     writers = [_Writer(request, tokenizer, device) for request in requests]
     known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
     texts = [list(request.ids) for request in requests]
+    rows = model.config.vocab_size
+    for i in chain(*texts):
+        if not 0 <= i < rows:
+            raise ValueError(f"the prompt has the id {i}, but the model knows those from 0 to {rows - 1:,}")
     most = max((request.max_new_tokens for request in requests), default=0)
     longest = max(map(len, texts), default=0)
     steps = _moving_window(model, texts)
     if isinstance(model, Transformer) and (cache is not None or longest <= model.config.max_seq_len):
         room = most
-        if cache is None:
-            room = min(most, model.config.max_seq_len - longest)  # then the window moves
+        if (
+            cache is None
+        ):  # when the first context is full, the window moves; a table of positions ends for all
+            longest, table = model.config.max_seq_len, model.positions is not None
+            ends = [
+                longest - len(r.ids) for r in requests if table or len(r.ids) + r.max_new_tokens > longest
+            ]
+            room = min([most, *ends])
         steps = chain(_cached(model, texts, room, cache), steps)
     was_training = model.training
     try:
@@ -194,10 +204,7 @@ def _cached(
     model: Transformer, texts: list[list[int]], room: int, cache: list[KVCache] | None
 ) -> Iterator[Tensor]:
     """Scores for the next token `(B, V)`, while there is room; in between, every text has got one token more."""
-    device, rows = model.norm.weight.device, model.config.vocab_size
-    for i in chain(*texts):
-        if not 0 <= i < rows:
-            raise ValueError(f"the prompt has the id {i}, but the model knows those from 0 to {rows - 1:,}")
+    device = model.norm.weight.device
     ids, positions = left_pad(texts)
     ids, positions = ids.to(device), positions.to(device)
     if cache is None:

@@ -52,6 +52,7 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
     brought = ModelTable(**asdict(found.model.config))
     usual = ModelTable(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
     for name, value in asdict(config.model).items():
+        value = tuple(value) if isinstance(value, list) else value  # YAML has no tuples: `window`
         if value not in (getattr(usual, name), getattr(ModelTable(), name), getattr(brought, name)):
             raise ConfigError(
                 f"model.{name} is {value!r}, but train.init_from {config.train.init_from} brings its own shape, with "
