@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from tutorial_lib.checks.guard import explain_crash, guarded
 from tutorial_lib.checks.probes import brief
@@ -211,12 +212,13 @@ def _gave_none(exercise: Exercise, probe: Probe, thing: Any) -> list[str]:
     try:
         with guarded(5.0):
             if isinstance(thing, type):
+                asked = {
+                    name for c in exercise.reference.__mro__ if c not in nn.Module.__mro__ for name in vars(c)
+                }
                 methods = {
                     name: watched(name, f)
                     for name, f in vars(thing).items()
-                    if isinstance(f, types.FunctionType)
-                    and name in vars(exercise.reference)
-                    and name != "__init__"
+                    if isinstance(f, types.FunctionType) and name in asked - {"__init__"}
                 }
                 thing = type(thing)(thing.__name__, (thing,), methods)  # an Enum has no heirs
             elif callable(thing):
