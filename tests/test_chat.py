@@ -64,6 +64,8 @@ class Terminal:
     def __init__(self, *words: str) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            # What runs behind a shell's & has Ctrl-C ignored, and hands that on.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update(OMP_NUM_THREADS="1", TERM="dumb", PYTHONPATH=str(ROOT))
             os.execv(sys.executable, [sys.executable, "-m", "tutorial_lib.cli.chat", *words])
         self.seen, self.decoder = "", codecs.getincrementaldecoder("utf-8")(errors="replace")
