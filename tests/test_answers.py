@@ -183,7 +183,7 @@ WRONG: dict[str, dict[str, Answer]] = {
         "the base rounded": frequencies(lambda C, b, s: powers(C, int(b * s ** (C / (C - 2))))),
         "ten channels refused": frequencies(lambda C, b, s: powers(C, b * s ** (C / (C - 2))), refused=4),
     },
-    "3.4.b": {"−1e4 added": pieces_hidden_by(-1e4), "−1e5 added": pieces_hidden_by(-1e5)},
+    "3.4.b": {"−1e5 added": pieces_hidden_by(-1e5)},
     "3.4.d": {
         "always float32": pooled(lambda w, H, G, C: reference("3.4.d")(w.float(), H, G)),
         "only odd numbers of heads refused": pooled(
@@ -220,6 +220,18 @@ def test_right_in_another_way(exercise_id: str, answer: Answer):
 def test_wrong_in_an_odd_way(exercise_id: str, answer: Answer):
     result = grade(find_exercise(exercise_id), answer)
     assert result.status in ("wrong", "crashed") and result.sentence, repr(result)
+
+
+def test_the_table_of_tokens_counted_besides_a_tied_head_is_named():
+    exact = reference("3.7.d")
+
+    def counts_both(config, batch, context, weight_bytes=4, cache_bytes=4):
+        flops, n_bytes = exact(config, batch, context, weight_bytes, cache_bytes)
+        table = config.vocab_size * config.d_model
+        return flops + batch * 2 * table, n_bytes + weight_bytes * table
+
+    result = grade(find_exercise("3.7.d"), counts_both)
+    assert result.diagnosis == "a multiplication with both tables", repr(result)
 
 
 def test_a_result_without_gradients_is_said_to_be_one():

@@ -294,3 +294,7 @@ def test_bytes_that_are_no_text(folder, mode):
     assert (
         result.returncode == 2 and result.stderr == b"error: this line is not UTF-8 text\n" and result.stdout
     )
+    result = subprocess.run(
+        [*python, "tutorial_lib.cli.chat", *words], input=b"/system x\xff\nHello\n", **how
+    )
+    assert result.stderr == b"error: this line is not UTF-8 text\n" and result.stdout

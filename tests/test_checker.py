@@ -194,7 +194,13 @@ def test_gradients_left_switched_off_are_noticed_and_switched_on_again():
 
 
 @pytest.mark.parametrize(
-    ("returns", "blamed"), [("torch.Tensor", True), ("None", False), ("'torch.Tensor | None'", False)]
+    ("returns", "blamed"),
+    [
+        ("torch.Tensor", True),
+        ("None", False),
+        ("'torch.Tensor | None'", False),
+        ("'Optional[torch.Tensor]'", False),
+    ],
 )
 def test_a_forgotten_return_is_a_guess_only_where_none_cannot_be_meant(returns, blamed):
     def function(x):
@@ -212,6 +218,18 @@ def test_a_forgotten_return_is_a_guess_only_where_none_cannot_be_meant(returns, 
     result = grade(exercise, function)
     assert result.status == "crashed"
     assert ("`function` returned None: is a `return` missing?" == result.sentence) is blamed, repr(result)
+
+
+def test_where_an_error_is_right_none_is_no_forgotten_return():
+    def prints_only(d_head, base, factor):
+        if d_head % 2:
+            print("d_head must be even")
+            return None
+        return find_exercise("3.2.d").reference(d_head, base, factor)
+
+    result = grade(find_exercise("3.2.d"), prints_only)
+    assert result.status == "wrong" and "return" not in result.sentence, repr(result)
+    assert "ValueError" in result.table["expected"], repr(result)
 
 
 def test_a_class_is_blamed_for_the_method_without_return_only():
@@ -347,7 +365,7 @@ def test_same_value():
 
 def test_judges_say_what_is_wrong():
     assert same_shape(torch.zeros(2), torch.zeros(2)) is None
-    assert "return missing" in same_shape(None, torch.zeros(2)).sentence
+    assert "NoneType" in same_shape(None, torch.zeros(2)).sentence
     assert "dtype" in same_shape(torch.zeros(2).double(), torch.zeros(2)).sentence
     assert "NaN" in equals()(torch.tensor([float("nan")]), torch.tensor([1.0])).sentence
     big = torch.zeros(5, 8)

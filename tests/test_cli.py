@@ -243,6 +243,26 @@ def test_dry_run_writes_nothing(home):
     large = ["model.d_model=65536", "model.n_layers=500", "train.device=cpu"]
     result = run("train", "-c", "small.yaml", *large, "--dry-run")
     assert result.exit_code == 0 and "more than this machine" in result.output
+    said = " ".join(result.output.replace("│", " ").split())
+    assert "it takes a smaller model" in said and "micro_batch_size" not in said
+    result = run(
+        "train", "-c", "small.yaml", "train.micro_batch_size=null", "train.batch_size=1000000000", "--dry-run"
+    )
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 0 and "it takes a smaller train.micro_batch_size" in said
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions", "refused"),
+    [("true", "none", ""), ("false", "none", ""), ("true", "learned", "positions for 8 tokens only")],
+)
+def test_eval_past_the_length_of_training(home, rope, positions, refused):
+    """Only a table of positions ends; with RoPE beside it, too."""
+    model = [f"model.rope={rope}", f"model.positions={positions}", "model.max_seq_len=8"]
+    train = ["train.seq_len=8", "train.steps=1", "train.warmup_steps=0", "log.name=short"]
+    assert run("train", "-c", "small.yaml", *model, *train).exit_code == 0
+    result = run("eval", "--ckpt", "runs/short/latest.ckpt", "--seq-len", "16")
+    assert result.exit_code == (2 if refused else 0) and refused in result.output, result.output
 
 
 @pytest.mark.slow

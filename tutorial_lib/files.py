@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -16,13 +17,19 @@ __all__ = ["beside", "read_json", "write_text"]
 def beside(path: Path) -> Iterator[Path]:
     """A place beside `path` to write to; it is renamed into `path` at the end, and removed if anything fails.
 
-    Missing folders are made.
+    Missing folders are made. An error while writing names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     place = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield place
         os.replace(place, path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # NumPy has no number for it: it only says how much was asked for, and how much written.
+        why = error.strerror or "the file could not be written"
+        raise OSError(error.errno or errno.ENOSPC, why, str(path)) from None
     finally:
         place.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import traceback
 import types
@@ -64,13 +65,9 @@ class Result:
         return as_html(self)
 
 
+@torch.enable_grad()  # whatever the learner's code switches, the caller's setting comes back
 def grade(exercise: Exercise, learner: Any, seconds: float = 20.0) -> Result:
     """Run the probes in order and stop at the first that does not pass."""
-    with torch.enable_grad():  # whatever the learner's code switches, the caller's setting comes back
-        return _grade(exercise, learner, seconds)
-
-
-def _grade(exercise: Exercise, learner: Any, seconds: float) -> Result:
     result = Result(exercise.id, exercise.symbol, "passed", look_again=exercise.look_again)
     result.probes = {probe.name: "not run" for probe in exercise.probes}
     for probe in exercise.probes:
@@ -188,7 +185,7 @@ def _nothing_returned(exercise: Exercise, probe: Probe, learner: Any) -> str:
 
     def may(name: str) -> bool:
         signature = getattr(getattr(learner, name, learner), "__annotations__", {})
-        return "None" in str(signature.get("return", ""))
+        return any(word in str(signature.get("return", "")) for word in ("None", "Optional"))
 
     fine = _gave_none(exercise, probe, exercise.reference)
     guilty = [name for name in _gave_none(exercise, probe, learner) if name not in fine and not may(name)]
@@ -198,11 +195,17 @@ def _nothing_returned(exercise: Exercise, probe: Probe, learner: Any) -> str:
 def _gave_none(exercise: Exercise, probe: Probe, thing: Any) -> list[str]:
     """Who returns None in this probe: the function, or methods of the class that the exercise asks for."""
     names: list[str] = []
+    is_reference = thing is exercise.reference
 
     def watched(name: str, function: Any) -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
+            try:
+                result = function(*args, **kwargs)
+            except Exception:
+                if is_reference:  # where an error is right, None is no forgotten `return`
+                    names.append(name)
+                raise
             if result is None:
                 names.append(name)
             return result
@@ -217,8 +220,8 @@ def _gave_none(exercise: Exercise, probe: Probe, thing: Any) -> list[str]:
                 }
                 methods = {
                     name: watched(name, f)
-                    for name, f in vars(thing).items()
-                    if isinstance(f, types.FunctionType) and name in asked - {"__init__"}
+                    for name in asked - {"__init__"}
+                    if isinstance(f := inspect.getattr_static(thing, name, None), types.FunctionType)
                 }
                 thing = type(thing)(thing.__name__, (thing,), methods)  # an Enum has no heirs
             elif callable(thing):

@@ -102,8 +102,7 @@ def same_shape(yours: Any, expected: Any) -> Failure | None:
         return next((f for y, e in zip(yours, expected, strict=True) if (f := same_shape(y, e))), None)
     if isinstance(expected, Tensor):
         if not isinstance(yours, Tensor):
-            missing = " (is the return missing?)" if yours is None else ""
-            return Failure(f"it returned {_kind(yours)}, expected {_kind(expected)}{missing}")
+            return Failure(f"it returned {_kind(yours)}, expected {_kind(expected)}")
         if yours.shape != expected.shape:
             return Failure(f"the shape is {tuple(yours.shape)}, expected {tuple(expected.shape)}")
         if yours.dtype != expected.dtype:
@@ -112,8 +111,7 @@ def same_shape(yours: Any, expected: Any) -> Failure | None:
     if type(yours) is not type(expected) and not (
         isinstance(yours, (int, float)) and isinstance(expected, float)
     ):
-        missing = " (is the return missing?)" if yours is None else ""
-        return Failure(f"it returned {_kind(yours)}, expected a {type(expected).__name__}{missing}")
+        return Failure(f"it returned {_kind(yours)}, expected a {type(expected).__name__}")
     return None
 
 

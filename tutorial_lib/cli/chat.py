@@ -67,18 +67,10 @@ def chat(
             raise ValueError(f"--max-new-tokens is {max_new_tokens}, but must be at least 1")
         if ckpt is None and model is None:
             model = "smollm2"
+        # What is wrong with it is said before a model is loaded.
+        how = Request([0], max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
         found = open_model(ckpt, model, dtype, device)
-        how = Request(
-            [0],
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            repetition_penalty,
-            seed,
-            found.stop_ids,
-            found.stop,
-        )
+        how = replace(how, stop_ids=found.stop_ids, stop=found.stop)
         talk = Conversation(found.model, found.tokenizer, found.template, how, context, system)
         take_any_bytes()
         person = sys.stdin.isatty()
@@ -92,6 +84,7 @@ def chat(
         while True:
             try:
                 line = _read(person)
+                line.encode()  # bytes that are no text are noticed here, and not when they have been said
                 if line.startswith("/"):
                     speak(_command(talk, line))
                 elif line:

@@ -63,7 +63,7 @@ def report(config: Config) -> None:
     memory = training_memory(shape, rows, train.seq_len, activation_bytes=few_bytes)
     total = memory.pop("total")
     # When the backward pass begins, beside all that is kept for it: the scores and their gradient, in fp32.
-    memory["scores"] = 2 * 4 * rows * train.seq_len * config.model.vocab_size
+    memory["scores"] = 2 * 4 * rows * train.seq_len * shape.vocab_size
     memory["total"] = total + memory["scores"]
 
     table = Table(title=f"{config.log.name}: a dry run", show_header=False, title_justify="left")
@@ -78,9 +78,13 @@ def report(config: Config) -> None:
         note = f" ({rows} rows at once, estimated)" if name == "activations" else ""
         table.add_row(f"memory: {name}", f"{size / 2**20:,.0f} MiB{note}")
     here = _machine_memory()
-    if device.type == "cpu" and here is not None and memory["total"] > here:
-        advice = "a smaller train.micro_batch_size takes less"
-        table.add_row("", f"[bold]more than this machine's {here / 2**20:,.0f} MiB[/]: {advice}")
+    always = sum(memory[name] for name in ("weights", "gradients", "optimizer"))
+    # Recomputed activations count for nothing here: how many of them are kept depends on the layers.
+    least = always + memory["scores"] if train.activation_checkpointing else memory["total"]
+    if device.type == "cpu" and here is not None and least > here:
+        fewer = always < here and rows > 1
+        advice = "a smaller train.micro_batch_size" if fewer else "a smaller model, or several devices (fsdp)"
+        table.add_row("", f"[bold]more than this machine's {here / 2**20:,.0f} MiB[/]: it takes {advice}")
     if train.activation_checkpointing:
         table.add_row("", "activation checkpointing keeps a fraction of the activations")
     table.add_section()

@@ -98,7 +98,7 @@ def evaluate(
         if T < 1 or batch_size < 1:
             raise ValueError(f"--seq-len is {T} and --batch-size {batch_size}, but both must be at least 1")
         check_fits(tokens, T, "evaluate on")
-        if T > longest and getattr(found.model, "rope", None) is None:
+        if T > longest and found.model.positions is not None:
             raise ValueError(f"--seq-len is {T:,}, but the model has positions for {longest:,} tokens only")
         if T > longest:
             speak(f"note: the model was trained on {longest:,} tokens, not on {T:,}")

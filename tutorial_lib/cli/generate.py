@@ -58,7 +58,7 @@ def generate(
         if num_samples < 1:
             raise ValueError(f"--num-samples is {num_samples}, but must be at least 1")
         how = (max_new_tokens, temperature, top_k, top_p, repetition_penalty)
-        Request([0], *how, seed)  # complains before a model is loaded
+        Request([0], *how, seed, stop=tuple(stop or ()))  # complains before a model is loaded
         take_any_bytes()
         texts = [sys.stdin.read() if text == "-" else text for text in prompt or ["\n"]]
         if "" in texts:

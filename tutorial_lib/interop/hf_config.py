@@ -81,22 +81,10 @@ def from_hf_config(found: Mapping[str, Any], where: object = "config.json") -> M
     tied = found.get("tie_word_embeddings", kind == "gpt2")
     if kind == "gpt2":
         _expect(where, "activation_function", found.get("activation_function", "gelu_new"), "gelu_new")
-        return check_config(
-            where,
-            GPT2S,
-            vocab_size=need("vocab_size"),
-            max_seq_len=need("n_positions"),
-            d_model=need("n_embd"),
-            n_heads=need("n_head"),
-            n_layers=need("n_layer"),
-            d_mlp=found.get("n_inner"),
-            norm="layernorm",
-            norm_eps=found.get("layer_norm_epsilon", 1e-5),
-            mlp="gelu_tanh",
-            rope=False,
-            bias=True,
-            tie_embeddings=bool(tied),
-        )
+        sizes = {ours: found.get(theirs) for ours, theirs in GPT2S.items()}
+        sizes |= {"vocab_size": found.get("vocab_size"), "norm_eps": found.get("layer_norm_epsilon", 1e-5)}
+        how = {"norm": "layernorm", "mlp": "gelu_tanh", "rope": False, "bias": True}
+        return check_config(where, GPT2S, **sizes, **how, tie_embeddings=bool(tied))
     _expect(where, "hidden_act", found.get("hidden_act", "silu"), "silu")
     bias = bool(found.get("attention_bias", False))
     if bool(found.get("mlp_bias", False)) != bias:

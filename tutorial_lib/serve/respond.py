@@ -165,18 +165,15 @@ def respond(
         if not 0 <= i < rows:
             raise ValueError(f"the prompt has the id {i}, but the model knows those from 0 to {rows - 1:,}")
     most = max((request.max_new_tokens for request in requests), default=0)
-    longest = max(map(len, texts), default=0)
+    reads = model.config.max_seq_len
     steps = _moving_window(model, texts)
-    if isinstance(model, Transformer) and (cache is not None or longest <= model.config.max_seq_len):
+    if isinstance(model, Transformer) and (cache is not None or max(map(len, texts), default=0) <= reads):
         room = most
-        if (
-            cache is None
-        ):  # when the first context is full, the window moves; a table of positions ends for all
-            longest, table = model.config.max_seq_len, model.positions is not None
-            ends = [
-                longest - len(r.ids) for r in requests if table or len(r.ids) + r.max_new_tokens > longest
-            ]
-            room = min([most, *ends])
+        if cache is None:
+            # When the first context is full, the window moves; a table of positions ends for all.
+            ends = model.positions is not None
+            full = [reads - len(r.ids) for r in requests if ends or len(r.ids) + r.max_new_tokens > reads]
+            room = min([most, *full])
         steps = chain(_cached(model, texts, room, cache), steps)
     was_training = model.training
     try:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutorial_lib.config import Config, ConfigError
+from tutorial_lib.config import Config, ConfigError, model_config
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.data.corpora import CORPORA
@@ -51,8 +51,7 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
         )
     brought = ModelTable(**asdict(found.model.config))
     usual = ModelTable(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
-    for name, value in asdict(config.model).items():
-        value = tuple(value) if isinstance(value, list) else value  # YAML has no tuples: `window`
+    for name, value in asdict(model_config(config)).items():
         if value not in (getattr(usual, name), getattr(ModelTable(), name), getattr(brought, name)):
             raise ConfigError(
                 f"model.{name} is {value!r}, but train.init_from {config.train.init_from} brings its own shape, with "

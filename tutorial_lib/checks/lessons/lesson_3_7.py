@@ -324,7 +324,7 @@ def _logits(f: Callable, config: ModelConfig, seed: int = 0, dtype: torch.dtype 
 def _what_comes_back(f: Callable) -> str:
     model = f(_checkpoint(_config()), _config())
     if not isinstance(model, Transformer):
-        return f"a {type(model).__name__}" + (" (is the return missing?)" if model is None else "")
+        return f"a {type(model).__name__}"
     return "a Transformer in " + " and ".join(sorted({str(p.dtype) for p in model.parameters()}))
 
 
@@ -726,7 +726,7 @@ def _decode_cost(
     """The reference, layer by layer, and, by its last arguments, what people write in its place."""
     H, G = config.n_heads, config.n_kv_heads or config.n_heads
     C, D = config.d_head or config.d_model // H, config.d_model
-    head = {"head": 1, "both": 1 if config.tie_embeddings else 2, "none": 0 if config.tie_embeddings else 1}
+    head = {"head": 1, "both": 2, "none": 0 if config.tie_embeddings else 1}
     matrices, flops, cache = head[tables] * config.vocab_size * D, 0, 0
     for layer in range(config.n_layers):
         window = config.window_of(layer) if windows else None
@@ -755,8 +755,7 @@ def _costs(f: Callable, config: ModelConfig, *how: int) -> list[int]:
 
 def _whole(yours: Any) -> str | None:
     if not isinstance(yours, (tuple, list)) or len(yours) != 2:
-        missing = " (is the return missing?)" if yours is None else ""
-        return f"it returned a {type(yours).__name__}, expected two numbers, FLOPs and bytes{missing}"
+        return f"it returned a {type(yours).__name__}, expected two numbers, FLOPs and bytes"
     if not all(isinstance(x, Integral) for x in yours):
         slash = ": is there a / that should be //?" if any(isinstance(x, float) for x in yours) else ""
         return (
@@ -811,7 +810,8 @@ COST = Exercise(
             "an output layer of its own",
             lambda f: _costs(f, replace(SMALL, tie_embeddings=False), 2, 30),
             _same_costs,
-            given="the same model with tie_embeddings=False, two rows, 30 keys",
+            given="the same model with tie_embeddings=False, two rows, 30 keys: one multiplication with V × D numbers "
+            "as before, for the table of tokens is looked up",
         ),
         Probe(
             "as many key heads as query heads, and wide ones",
