@@ -31,7 +31,7 @@ from tutorial_lib.data.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.gguf import load_gguf
 from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.interop.pretrained import open_pretrained
-from tutorial_lib.train.checkpoint import load_model
+from tutorial_lib.interop.checkpoint import load_model
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.rope import RopeScaling
-from tutorial_lib.train.checkpoint import CheckpointError, load_model, model_header, save_model
+from tutorial_lib.interop.checkpoint import CheckpointError, load_model, model_header, save_model
 from tutorial_lib.train.checkpoints import load_tree, save_tree
 
 SMALL = {"vocab_size": 50, "max_seq_len": 16, "d_model": 32, "n_heads": 2, "n_layers": 2}

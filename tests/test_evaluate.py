@@ -13,7 +13,9 @@ from torch import nn
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.train.evaluate import EarlyStopping, Evaluation, evaluate, split_train_val
+from tutorial_lib.data.holdout import split_train_val
+from tutorial_lib.eval.perplexity import Evaluation, evaluate
+from tutorial_lib.train.stopping import EarlyStopping
 
 few = settings(max_examples=100, deadline=None)
 T = 8

@@ -19,7 +19,7 @@ from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.interop.pretrained import open_pretrained
 from tutorial_lib.quant import int8
 from tutorial_lib.quant.int8 import Int8Embedding, Int8Linear, put_int8, quantize_rows, to_int8
-from tutorial_lib.serve.layout import lay_out
+from tutorial_lib.interop.layout import lay_out
 
 IDS = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
 

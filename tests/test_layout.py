@@ -17,7 +17,7 @@ from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop.gguf import load_gguf, save_gguf
 from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.quant.int8 import to_int8
-from tutorial_lib.serve.layout import lay_out, put_laid_out
+from tutorial_lib.interop.layout import lay_out, put_laid_out
 
 MODELS = ["llama", "llama3", "qwen3", "qwen3-windows", "gpt2"]
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -18,7 +18,7 @@ from tutorial_lib.eval import baselines
 from tutorial_lib.tour.__main__ import main
 from tutorial_lib.tour.recipes import RECIPES, with_seconds
 from tutorial_lib.tour.run import write_sample
-from tutorial_lib.train.checkpoint import load_model
+from tutorial_lib.interop.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from tutorial_lib.config import ConfigError
 from tutorial_lib.data.corpora import CorpusError
+from tutorial_lib.runs.config import ConfigError
 from tutorial_lib.train.checkpoints import CheckpointError
 from tutorial_lib.train.trainer import DivergedError
 

@@ -7,14 +7,14 @@ import os
 from rich.table import Table
 
 from tutorial_lib.cli.common import console
-from tutorial_lib.config import Config, model_config
 from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.runs.config import Config, model_config
+from tutorial_lib.runs.inputs import pretrained
+from tutorial_lib.runs.parts import pick_precision
 from tutorial_lib.tools.accounting import ModelShape, count_parameters, flops_per_token, training_memory
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.tools.profiling import measure_roofline, time_call
 from tutorial_lib.train.accumulate import accumulate_gradients
-from tutorial_lib.train.inputs import pretrained
-from tutorial_lib.train.runner import pick_precision
 
 __all__ = ["report", "shape_of"]
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from tutorial_lib.cli.common import INTERRUPTED, console, run_alone, sentences, speak
-from tutorial_lib.config import load_config
+from tutorial_lib.runs.config import load_config
+from tutorial_lib.runs.pretrain import pretrain
 from tutorial_lib.train.distributed import is_main, stop
-from tutorial_lib.train.runner import train_run
 
 __all__ = ["train"]
 
@@ -44,7 +44,7 @@ def train(
 
             report(settings)
             return
-        outcome = train_run(settings, resume, console)
+        outcome = pretrain(settings, resume, console)
         speaks = is_main()  # without the group, every process is the main one
         stop()  # not after an error: leaving would wait for processes that wait for this one
     if not speaks:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.interop.names import Rule
+from tutorial_lib.kinds import KINDS
 
 __all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put", "room", "weights_of"]
 
@@ -68,25 +68,6 @@ def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> Mode
         raise WeightsError(f"{where} describes no model of ours: {error}") from None
 
 
-class _Outline(TorchFunctionMode):
-    """New tensors have a shape and no memory, and nothing is drawn at random.
-
-    `with torch.device("meta")` would do as much; but there RoPE's few numbers have no values either, and torch
-    loads its compiler, for more than a second, to do without them.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs.get("tensor", args[0] if args else None)
-        if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
-            func = torch.empty  # of a shape alone, all are the same
-            kwargs["device"] = "meta"
-        if func in (torch.Tensor.mul, torch.Tensor.__mul__) and args[0].is_meta:
-            return args[0]  # a table's scale; torch's own way loads the compiler, too
-        return func(*args, **kwargs)
-
-
 def outline(config: ModelConfig, where: object = "the file") -> Transformer:
     """The model without its weights: every parameter has its shape, and none has memory.
 
@@ -94,8 +75,7 @@ def outline(config: ModelConfig, where: object = "the file") -> Transformer:
         WeightsError: if the configuration makes no model.
     """
     try:
-        with _Outline():
-            return Transformer(config)
+        return KINDS["Transformer"].outline(config)
     except (ValueError, RuntimeError) as error:  # heads that cannot be shared; sizes that overflow
         raise WeightsError(f"{where} describes no model of ours: {str(error).splitlines()[0]}") from None
 

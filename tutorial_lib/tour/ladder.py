@@ -22,9 +22,10 @@ import torch
 from tutorial_lib.core.model import ModelConfig
 from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import random_batches
+from tutorial_lib.data.holdout import split_train_val
+from tutorial_lib.eval.perplexity import evaluate
 from tutorial_lib.tour.recipes import Recipe, with_seconds
 from tutorial_lib.tour.run import machine
-from tutorial_lib.train.evaluate import evaluate, split_train_val
 from tutorial_lib.train.loop import TrainConfig
 
 __all__ = ["RUNGS", "Result", "climb", "climb_one", "measured"]

@@ -162,7 +162,7 @@ def write_report(story: Story, folder: Path) -> Path:
     settings |= {f"train.{k}": v for k, v in story.recipe["training"].items()}
     parts.append(_rows({**settings, "train.batch_size": story.recipe["batch_size"]}) + "</table></details>")
     parts.append(
-        "<h2>Use it</h2><pre class=code>from tutorial_lib.train.checkpoint import load_model\n"
+        "<h2>Use it</h2><pre class=code>from tutorial_lib.interop.checkpoint import load_model\n"
         "from tutorial_lib.tour.run import write_sample\n"
         "from tutorial_lib.data.tokenize import ByteTokenizer\n\n"
         f'model, about = load_model("{e((folder / "best.safetensors").as_posix())}")\n'

@@ -22,12 +22,13 @@ from tutorial_lib.core.model import Transformer
 from tutorial_lib.core.sampler import generate
 from tutorial_lib.data.corpora import load_text
 from tutorial_lib.data.datasets import open_tokens, random_batches, write_tokens
+from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.eval import baselines
+from tutorial_lib.eval.perplexity import evaluate
 from tutorial_lib.files import write_text
+from tutorial_lib.interop.checkpoint import load_model, save_model
 from tutorial_lib.tour.recipes import Recipe
-from tutorial_lib.train.checkpoint import load_model, save_model
-from tutorial_lib.train.evaluate import evaluate, split_train_val
 from tutorial_lib.train.loop import StepInfo
 
 __all__ = ["Story", "run"]

@@ -3,8 +3,8 @@
 """The training loop: one step fits on a screen, and everything else is a callback."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -58,6 +58,8 @@ class StepInfo:
     """Training time so far, without the time spent in callbacks."""
     progress: float
     """Fraction of the run that is done, 0 to 1."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else there is to tell of this step's batch, by name."""
 
 
 Callback: TypeAlias = Callable[[StepInfo], bool | None]

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tutorial_lib.data.stream import ShuffledBatches
 from tutorial_lib.tools.seeds import rng_state, set_rng_state
-from tutorial_lib.train.accumulate import SummedLoss, accumulate_gradients, split_batch, summed_lm_loss
+from tutorial_lib.train.accumulate import accumulate_gradients, split_batch
 from tutorial_lib.train.distributed import (
     agree,
     any_of,
@@ -25,6 +25,7 @@ from tutorial_lib.train.distributed import (
     world_size,
 )
 from tutorial_lib.train.loop import Callback, StepInfo
+from tutorial_lib.train.objective import Batch, NextToken, Objective
 from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.sched import warmup_cosine
 
@@ -39,10 +40,11 @@ class Trainer:
     """Trains a model on batches; knows nothing of files, screens and evaluation, which are callbacks.
 
     Args:
-        model: Ids `(B, T)` to logits `(B, T, V)`, on its device, wrapped for data parallelism or not.
+        model: What the objective asks, on its device, wrapped for data parallelism or not.
         optimizer: Each group's own `lr` is its peak.
-        batches: Pairs of inputs and labels, `(B, T)`: this process's rows. If it has `state_dict`, the state of
-            the trainer holds its position.
+        batches: Tuples of tensors with the same rows, this process's; inputs and labels `(B, T)` for `NextToken`. If it
+            has `state_dict`, the state of the trainer holds its position. A generator that makes its batches when they
+            are asked for sees the model as it then is.
         steps: Optimizer steps of the whole run.
         schedule: Progress (0 to 1) to the factor on the peak rate.
         grad_clip: The largest gradient norm that is let through; None for all.
@@ -51,14 +53,14 @@ class Trainer:
         max_seconds: Stop after so much training time; the schedule follows whichever of steps and seconds is
             further along.
         ema: Also keep an exponential average of the weights, with this decay (0.999 or so).
-        loss: Summed over the labels that count.
+        objective: What is learned from a batch; `NextToken` when None.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        batches: ShuffledBatches | Iterable[tuple[Tensor, Tensor]],
+        batches: ShuffledBatches | Iterable[Batch],
         steps: int,
         schedule: Callable[[float], float] = warmup_cosine,
         grad_clip: float | None = 1.0,
@@ -66,26 +68,27 @@ class Trainer:
         micro_batch_size: int | None = None,
         max_seconds: float | None = None,
         ema: float | None = None,
-        loss: SummedLoss = summed_lm_loss,
+        objective: Objective | None = None,
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.steps, self.schedule, self.grad_clip = steps, schedule, grad_clip
         self.precision = precision or Precision(next(model.parameters()).device)
-        self.micro_batch_size, self.max_seconds, self.loss = micro_batch_size, max_seconds, loss
+        self.micro_batch_size, self.max_seconds = micro_batch_size, max_seconds
+        self.objective = objective or NextToken()
         self.ema = AveragedModel(unwrap(model), multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
         self.peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self.step, self.tokens, self.seconds = 0, 0, 0.0
 
-    def train_step(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
-        """One step on one batch: the mean loss per token before it, and the gradient norm before clipping."""
+    def train_step(self, batch: Batch) -> tuple[dict[str, float], float]:
+        """One step on one batch: the means before it (`loss`, metrics), and the gradient norm before clipping."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = split_batch(inputs, labels, self.micro_batch_size)
-        loss = accumulate_gradients(self.model, pieces, self.precision, self.loss)
+        pieces = split_batch(batch, self.micro_batch_size)
+        means = accumulate_gradients(self.model, pieces, self.precision, self.objective)
         grad_norm = self.precision.step(self.optimizer, self.model.parameters(), self.grad_clip)
         if self.ema is not None:
             self.ema.update_parameters(unwrap(self.model))
-        return loss.item(), whole(grad_norm).item()
+        return {name: mean.item() for name, mean in means.items()}, whole(grad_norm).item()
 
     def run(self, callbacks: Iterable[Callback] = ()) -> StepInfo | None:
         """Train from where the state is to the end, or until a callback says stop.
@@ -105,9 +108,10 @@ class Trainer:
             progress = self.progress(self.step + 0.5)  # a step's rate is that of its middle: never zero
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * self.schedule(progress)
-            loss, grad_norm = self.train_step(*batch)
+            means, grad_norm = self.train_step(batch)
+            loss = means.pop("loss")
             self.step += 1
-            self.tokens += batch[1].numel() * world_size()
+            self.tokens += batch[0].numel() * world_size()  # what the model reads
             self.seconds = agree(self.seconds + time.perf_counter() - began)
             if not math.isfinite(loss):
                 raise DivergedError(
@@ -116,7 +120,7 @@ class Trainer:
                 )
             done = 1.0 if self._out_of_time() else self.progress(self.step)
             rate = self.optimizer.param_groups[0]["lr"]
-            info = StepInfo(self.step, loss, grad_norm, rate, self.tokens, self.seconds, done)
+            info = StepInfo(self.step, loss, grad_norm, rate, self.tokens, self.seconds, done, means)
             wishes = [callback(info) for callback in callbacks]  # a list: every callback is told
             if any_of(any(wishes)):  # all stop together, or some would wait for ever
                 break

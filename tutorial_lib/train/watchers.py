@@ -18,8 +18,8 @@ __all__ = ["LogSteps", "LogWeights", "TraceProfiler"]
 class LogSteps:
     """A callback that logs the first step, every `every`-th and the last: raw values, nothing averaged.
 
-    The names are those of `StepInfo` (loss, grad_norm, lr, tokens), and `tokens_per_second`, the rate since
-    the row before.
+    The names are those of `StepInfo` (loss, grad_norm, lr, tokens), its metrics by their own, and
+    `tokens_per_second`, the rate since the row before.
     """
 
     def __init__(self, logger: Logger, every: int = 10) -> None:
@@ -31,6 +31,7 @@ class LogSteps:
         if info.step != 1 and info.step % self.every and info.progress < 1:
             return
         values = {name: getattr(info, name) for name in ("loss", "grad_norm", "lr", "tokens")}
+        values |= info.metrics
         if self._before and info.seconds > self._before.seconds:
             tokens, seconds = info.tokens - self._before.tokens, info.seconds - self._before.seconds
             values["tokens_per_second"] = tokens / seconds

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tutorial_lib.checks.probes import equals, holds, outcome, randn, same_shape
 from tutorial_lib.checks.spec import Exercise, Misconception, Probe
-from tutorial_lib.train.evaluate import EarlyStopping
 from tutorial_lib.train.losses import IGNORE_INDEX, lm_loss
+from tutorial_lib.train.stopping import EarlyStopping
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 

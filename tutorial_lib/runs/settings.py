@@ -1,17 +1,17 @@
-"""Every setting that a run has, with its default and a sentence. `config` reads them from a file and checks them."""
+"""Every setting that a run has, with its default and a sentence. `runs.config` reads them from a file and checks them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from tutorial_lib.core.model import ModelConfig
+from tutorial_lib.kinds import kind_named
 
-__all__ = ["TABLES", "Config", "DataConfig", "LogConfig", "ModelTable", "TrainConfig"]
+__all__ = ["Config", "DataTable", "LogTable", "ModelTable", "TrainTable", "model_table", "tables"]
 
 
 @dataclass
-class TrainConfig:
+class TrainTable:
     """How to train. The learning rate's schedule is that of lesson 4.3, precision that of 4.2."""
 
     batch_size: int = 32
@@ -80,7 +80,7 @@ class TrainConfig:
 
 
 @dataclass
-class DataConfig:
+class DataTable:
     """What to train on."""
 
     dataset: str = "shakespeare"
@@ -94,7 +94,7 @@ class DataConfig:
 
 
 @dataclass
-class LogConfig:
+class LogTable:
     """What to write down, and where."""
 
     dir: str = "runs"
@@ -117,12 +117,24 @@ class LogConfig:
     """Record a profiler trace of three steps from this one on."""
 
 
-# ModelConfig itself, but for two types that OmegaConf does not know.
-_LOOSE = {"window": Any, "rope_scaling": Any}
-_hints = get_type_hints(ModelConfig)
-ModelTable = make_dataclass(
-    "ModelTable", [(f.name, _LOOSE.get(f.name, _hints[f.name]), f.default) for f in fields(ModelConfig)]
-)
+def model_table(kind: str) -> type:
+    """The `model` table for a kind of model: its `kind`, and every field of its configuration.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    config = kind_named(kind).config
+    hints = get_type_hints(config)
+    shape = [(f.name, hints[f.name] if _is_plain(hints[f.name]) else Any, f.default) for f in fields(config)]
+    return make_dataclass("ModelTable", [("kind", str, kind), *shape])
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether OmegaConf knows this type; what it does not know, the model's own configuration checks."""
+    return all(kind in (str, int, float, bool, type(None)) for kind in get_args(hint) or (hint,))
+
+
+ModelTable = model_table("Transformer")
 
 
 @dataclass
@@ -130,13 +142,16 @@ class Config:
     """A run."""
 
     model: Any = field(default_factory=ModelTable)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    """A `model_table`."""
+    train: TrainTable = field(default_factory=TrainTable)
+    data: DataTable = field(default_factory=DataTable)
+    log: LogTable = field(default_factory=LogTable)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and values, for a file or a log."""
         return asdict(self)
 
 
-TABLES = {"model": ModelTable, "train": TrainConfig, "data": DataConfig, "log": LogConfig}
+def tables(kind: str = "Transformer") -> dict[str, type]:
+    """The four tables, by name."""
+    return {"model": model_table(kind), "train": TrainTable, "data": DataTable, "log": LogTable}

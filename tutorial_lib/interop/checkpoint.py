@@ -13,38 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from tutorial_lib.core.gpt import GPT, GPTConfig
-from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.kinds import kind_named, kind_of
 from tutorial_lib.train.checkpoints import CheckpointError, load_tree, read_header, save_tree
 
 __all__ = ["CheckpointError", "load_model", "model_header", "save_model"]
 
-KINDS = {"GPT": (GPTConfig, GPT), "Transformer": (ModelConfig, Transformer)}
-"""What a checkpoint can hold, by the name in its header."""
 
-
-def model_header(model: GPT | Transformer, about: Mapping[str, Any] | None = None) -> dict[str, str]:
+def model_header(model: nn.Module, about: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What a checkpoint's header has to say so that `load_model` can build the model.
 
     Args:
+        model: Of a kind that is known (`tutorial_lib.kinds`).
         about: Anything worth knowing later (loss, tokenizer), as JSON.
+
+    Raises:
+        ValueError: if it is of another kind: what could not be opened again is not written.
     """
     return {
-        "kind": type(model).__name__,
+        "kind": kind_of(model).name,
         "config": json.dumps(asdict(model.config)),
         "about": json.dumps(dict(about or {})),
     }
 
 
-def save_model(path: str | Path, model: GPT | Transformer, about: Mapping[str, Any] | None = None) -> Path:
-    """Write the model whole or not at all: beside the place first, then renamed into it."""
+def save_model(path: str | Path, model: nn.Module, about: Mapping[str, Any] | None = None) -> Path:
+    """Write the model whole or not at all: beside the place first, then renamed into it. Raises as `model_header`."""
     return save_tree(path, {"model": model.state_dict()}, model_header(model, about))
 
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", ema: bool = True
-) -> tuple[GPT | Transformer, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model in a file, ready to use (eval mode), and what was noted about it.
 
     Args:
@@ -60,8 +61,7 @@ def load_model(
         averaged = False  # load_tree says what is wrong
     tensors, header = load_tree(path, only="ema" if averaged else "model")
     try:
-        make_config, make_model = KINDS[header["kind"]]
-        model = make_model(make_config(**json.loads(header["config"]))).to(device)
+        model = kind_named(header["kind"]).build(json.loads(header["config"])).to(device)
         about = json.loads(header.get("about", "{}"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has no usable model configuration in its header: {error}") from None

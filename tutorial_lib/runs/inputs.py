@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tutorial_lib.config import Config, ConfigError, model_config
-from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.data.corpora import CORPORA
-from tutorial_lib.data.source import Source, open_source
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.data.tokenizers import same_tokenizer
-from tutorial_lib.settings import ModelTable
+from tutorial_lib.kinds import kind_of
+from tutorial_lib.runs.config import Config, ConfigError, model_config
+from tutorial_lib.runs.settings import ModelTable, model_table
+from tutorial_lib.runs.source import Source, open_source
 from tutorial_lib.train.checkpoints import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,27 +35,24 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
     """
     if config.train.init_from is None:
         return None
-    from tutorial_lib.interop.pretrained import open_checkpoint, open_pretrained  # they know all formats
+    from tutorial_lib.interop.pretrained import open_pretrained  # it knows all formats
 
     for path in checkpoints:
         with suppress(CheckpointError):  # the one before it may be whole
-            found = open_checkpoint(path)
+            found = open_pretrained(path)
             own = path.parent / found.tokenizer_name
             config.data.tokenizer = str(own) if own.is_file() else found.tokenizer_name
             break
     else:
         found = open_pretrained(config.train.init_from)
-    if not isinstance(found.model, Transformer):
-        raise ConfigError(
-            f"train.init_from {config.train.init_from} is a {type(found.model).__name__}, no Transformer"
-        )
-    brought = ModelTable(**asdict(found.model.config))
-    usual = ModelTable(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
-    for name, value in asdict(model_config(config)).items():
-        if value not in (getattr(usual, name), getattr(ModelTable(), name), getattr(brought, name)):
+    brought = model_table(kind_of(found.model).name)(**asdict(found.model.config))
+    usual = type(config.model)(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
+    for name, value in {"kind": config.model.kind, **asdict(model_config(config))}.items():
+        theirs = getattr(brought, name, None)
+        if value not in (getattr(usual, name), getattr(ModelTable(), name, None), theirs):
             raise ConfigError(
                 f"model.{name} is {value!r}, but train.init_from {config.train.init_from} brings its own shape, with "
-                f"{getattr(brought, name)!r}: leave the model table out"
+                f"{theirs!r}: leave the model table out"
             )
     config.model = brought
     if config.train.seq_len > config.model.max_seq_len:
@@ -92,8 +89,8 @@ def open_text(config: Config, tell: Callable[[str], None], start_with: Pretraine
         raise ConfigError(
             f"model.vocab_size is {vocab_size}, but the tokenizer {source.tokenizer_name} has {needed} tokens"
         )
-    if vocab_size > needed:
-        rows = vocab_size - needed
+    rows = vocab_size - needed
+    if rows >= 64 or (rows and vocab_size % 64):  # up to the next multiple of 64: a GPU multiplies it faster
         tell(
             f"warning: model.vocab_size is {vocab_size:,}, but the tokenizer {source.tokenizer_name} has only "
             f"{needed:,} tokens: {rows:,} rows of the embedding, {rows * config.model.d_model:,} weights, are wasted"

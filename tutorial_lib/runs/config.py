@@ -17,14 +17,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tutorial_lib.core.kernels import KERNELS
-from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.settings import TABLES, Config, ModelTable
+from tutorial_lib.kinds import kind_named
+from tutorial_lib.runs.settings import Config, ModelTable, tables
 from tutorial_lib.train.optimizers import KINDS
 from tutorial_lib.train.schedules import SCHEDULES
 
@@ -42,24 +41,18 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         ConfigError: whatever is wrong, in one sentence.
     """
     given = _read(Path(path)) if path is not None else OmegaConf.create({})
-    known = {f"{table}.{f.name}": f for table, kind in TABLES.items() for f in fields(kind)}
-    for where, table in [(str(path), given), *((override, _override(override)) for override in overrides)]:
-        for key in _keys(table):
-            if key not in known and key not in TABLES:
-                raise ConfigError(_unknown(key, known, where))
-            if key in TABLES and not isinstance(table._get_node(key), DictConfig):
-                raise ConfigError(f"{where}: {key} must be a table of settings, such as {key}.{_first(key)}")
+    layers = [(str(path), given), *((override, _override(override)) for override in overrides)]
+    known = tables(_kind([table for _, table in layers]))
+    for where, table in layers:
+        _check_keys(table, known, where)
         try:
             given = OmegaConf.merge(given, table)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {_first_line(error)}") from None
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), {"model": OmegaConf.structured(ModelTable)}, given
-        )
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config(known["model"]())), given))
     except OmegaConfBaseException as error:
-        raise ConfigError(_mistyped(error, given)) from None
+        raise ConfigError(_mistyped(error, given, known)) from None
     assert isinstance(config, Config)
     if "max_seq_len" not in given.get("model", {}):
         config.model.max_seq_len = config.train.seq_len
@@ -67,9 +60,10 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     return config
 
 
-def model_config(config: Config) -> ModelConfig:
-    """The model's part, as the model wants it."""
-    return ModelConfig(**asdict(config.model))
+def model_config(config: Config) -> Any:
+    """The model's part, as the model wants it: the configuration of its kind."""
+    settings = asdict(config.model)
+    return kind_named(settings.pop("kind")).config(**settings)
 
 
 def _read(path: Path) -> DictConfig:
@@ -84,8 +78,31 @@ def _read(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from None
     if not isinstance(given, DictConfig):
-        raise ConfigError(f"{path} is not a table of {', '.join(TABLES)}")
+        raise ConfigError(f"{path} is not a table of {', '.join(tables())}")
     return given
+
+
+def _kind(layers: list[DictConfig]) -> str:
+    """The kind of model that is asked for: it decides which settings the model's table has."""
+    name = ModelTable().kind
+    for table in layers:
+        model = table._get_node("model") if "model" in table else None
+        if isinstance(model, DictConfig) and "kind" in model:
+            name = OmegaConf.to_container(model, resolve=False)["kind"]
+    try:
+        return kind_named(name).name
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.kind: {error}") from None
+
+
+def _check_keys(table: DictConfig, known: dict[str, type], where: str) -> None:
+    settings = {f"{name}.{f.name}" for name, kind in known.items() for f in fields(kind)}
+    for key in _keys(table, known):
+        if key not in settings and key not in known:
+            raise ConfigError(_unknown(key, [*sorted(settings), *known], where))
+        if key in known and not isinstance(table._get_node(key), DictConfig):
+            example = fields(known[key])[0].name
+            raise ConfigError(f"{where}: {key} must be a table of settings, such as {key}.{example}")
 
 
 def _override(text: str) -> DictConfig:
@@ -98,34 +115,29 @@ def _override(text: str) -> DictConfig:
         raise ConfigError(f"{text!r} is no override: {_first_line(error)}") from None
 
 
-def _keys(table: DictConfig, prefix: str = "") -> Iterator[str]:
+def _keys(table: DictConfig, known: dict[str, type], prefix: str = "") -> Iterator[str]:
     """`model`, `model.d_model`, …; a table's fields one level deep, as nothing here is deeper."""
     for key in table:
         inside = table._get_node(key)
         if isinstance(inside, DictConfig) and not prefix and len(inside):
-            if key in TABLES:
+            if key in known:
                 yield key
-            yield from _keys(inside, f"{key}.")
+            yield from _keys(inside, known, f"{key}.")
         else:
             yield f"{prefix}{key}"
 
 
-def _first(table: str) -> str:
-    return fields(TABLES[table])[0].name
-
-
-def _unknown(key: str, known: dict[str, Any], where: str) -> str:
-    candidates = [*known, *TABLES]
+def _unknown(key: str, candidates: list[str], where: str) -> str:
     last = key.rpartition(".")[2]
     same = [name for name in candidates if name.rpartition(".")[2] == last]
     near = same or difflib.get_close_matches(key, candidates, n=1, cutoff=0.0)
     return f"{where}: there is no setting {key!r}: did you mean {near[0]!r}?"
 
 
-def _mistyped(error: OmegaConfBaseException, given: DictConfig) -> str:
+def _mistyped(error: OmegaConfBaseException, given: DictConfig, known: dict[str, type]) -> str:
     table, _, name = (error.full_key or "").partition(".")
     name = name.partition("[")[0].partition(".")[0]
-    hint = get_type_hints(TABLES[table]).get(name) if table in TABLES else None
+    hint = get_type_hints(known[table]).get(name) if table in known else None
     if hint is None or "nterpolation" in f"{type(error).__name__} {error}":
         return f"{error.full_key or 'the configuration'}: {_first_line(error)}"
     kind = hint.__name__ if isinstance(hint, type) else str(hint)
@@ -188,30 +200,31 @@ def _check(config: Config) -> None:
 
 
 def _check_model(config: Config) -> None:
+    settings = asdict(config.model)
     for name in ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_head", "d_mlp"):
-        value = getattr(config.model, name)
+        value = settings.get(name)
         if value is not None and not 1 <= value <= 10**6:  # beyond it a typing error, and slow to find out
             raise ConfigError(f"model.{name} is {value}, but must be at least 1 and at most a million")
-    window = config.model.window
+    window = settings.get("window")
     if not (
         window is None
         or _whole(window)
         or (isinstance(window, list) and all(w is None or _whole(w) for w in window))
     ):
         raise ConfigError(f"model.window is {window!r}, but must be a length, null, or a list of these")
-    if not isinstance(config.model.rope_scaling, (dict, type(None))):
-        raise ConfigError(f"model.rope_scaling is {config.model.rope_scaling!r}, but must be a table or null")
+    scaling = settings.get("rope_scaling")
+    if not isinstance(scaling, (dict, type(None))):
+        raise ConfigError(f"model.rope_scaling is {scaling!r}, but must be a table or null")
     try:
         shape = model_config(config)
         few = min(shape.n_layers, len(window) if isinstance(window, list) else 1)
-        with torch.device("meta"):  # the layers have checks of their own; nothing is allocated
-            Transformer(replace(shape, n_layers=few))
+        kind = kind_named(config.model.kind)
+        model = kind.outline(replace(shape, n_layers=few))  # the layers have checks of their own
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"model: {_first_line(error)}") from None
-    positions = shape.positions or ("none" if shape.rope else "learned")
-    if positions != "none" and config.train.seq_len > shape.max_seq_len:
+    if getattr(model, "positions", None) is not None and config.train.seq_len > shape.max_seq_len:
         raise ConfigError(
-            f"train.seq_len is {config.train.seq_len}, but the {positions} positions end at "
+            f"train.seq_len is {config.train.seq_len}, but the model's positions end at "
             f"model.max_seq_len {shape.max_seq_len}"
         )
 

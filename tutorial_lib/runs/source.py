@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.datasets import TokenWindows
+from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.data.shards import ShardedTokens
 from tutorial_lib.data.stream import ShuffledBatches
 from tutorial_lib.data.tokenizers import (
@@ -21,7 +22,6 @@ from tutorial_lib.data.tokenizers import (
     same_tokenizer,
     token_lengths,
 )
-from tutorial_lib.train.evaluate import split_train_val
 
 __all__ = ["Source", "open_source"]
 

@@ -1,0 +1,200 @@
+"""What happens between steps: evaluate, sample, save.
+
+Each is called with `StepInfo` after every step, and may ask for the end by returning True. All processes call all
+of them (under FSDP a forward pass needs everybody); files are written by the first process alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from tutorial_lib.core.sampler import generate
+from tutorial_lib.data.protocol import Tokenizer
+from tutorial_lib.eval.held_out import held_out
+from tutorial_lib.train.checkpoints import CheckpointFolder
+from tutorial_lib.train.distributed import barrier, is_main
+from tutorial_lib.train.loggers import Logger
+from tutorial_lib.train.loop import StepInfo
+from tutorial_lib.train.losses import bits_per_byte
+from tutorial_lib.train.objective import Batch
+from tutorial_lib.train.stopping import EarlyStopping
+from tutorial_lib.train.trainer import Trainer
+
+__all__ = ["Due", "Evaluate", "Sample", "Save", "every", "judged", "shares"]
+
+
+Due: TypeAlias = Callable[[StepInfo], bool]
+"""Whether it is time, after this step."""
+
+
+def every(steps: int) -> Due:
+    """Every so many steps, and at the end."""
+    return lambda info: info.step % steps == 0 or info.progress >= 1
+
+
+def shares(parts: int) -> Due:
+    """So many times, evenly spread over a run that may be measured in seconds; the last time is the end."""
+    done = [0]
+
+    def due(info: StepInfo) -> bool:
+        before, done[0] = done[0], int(info.progress * parts + 1e-9)
+        return done[0] > before
+
+    return due
+
+
+class Evaluate:
+    """Looks at what is held out when it is due; says stop when it no longer gets better.
+
+    Every process evaluates the same batches: under FSDP they have to walk through the model together.
+
+    Args:
+        batches: Called for each look.
+        bytes_per_token: Of the held-out text, for bits per byte; None if it is no text.
+        patience: Stop after so many looks in a row without a gain; None never does.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Callable[[], Iterable[Batch]],
+        due: Due,
+        logger: Logger,
+        bytes_per_token: float | None = None,
+        patience: int | None = None,
+    ) -> None:
+        self.trainer, self.batches, self.due, self.logger = trainer, batches, due, logger
+        self.bytes_per_token = bytes_per_token
+        self.stopping = EarlyStopping(patience or 1)
+        self.may_stop = patience is not None
+        self.loss: float | None = None
+        """What the last look found; None before the first."""
+        self.step = -1
+        """The step of the last look."""
+
+    def __call__(self, info: StepInfo) -> bool:
+        return self.due(info) and self.look(info.step)
+
+    def look(self, step: int) -> bool:
+        """Now; True means stop."""
+        with self.trainer.precision.autocast():
+            means = held_out(judged(self.trainer), self.batches(), self.trainer.objective)
+        self.step, self.loss = step, means["loss"]
+        values = {f"val_{name}": mean for name, mean in means.items()}
+        if self.bytes_per_token is not None:
+            values["val_bits_per_byte"] = bits_per_byte(self.loss, self.bytes_per_token)
+        self.logger.scalars(step, values)
+        return self.stopping.update(self.loss) and self.may_stop
+
+    def loss_at(self, step: int) -> float | None:
+        """The loss of that step's look, if there was one."""
+        return self.loss if self.step == step else None
+
+    def looked(self, info: StepInfo) -> bool:
+        """Whether it has just been its turn: when others are due."""
+        return self.step == info.step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, and how long ago."""
+        return {"best": self.stopping.best, "bad": self.stopping.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on waiting where an earlier run stopped."""
+        self.stopping.best, self.stopping.bad = state["best"], state["bad"]
+
+
+def judged(trainer: Trainer) -> nn.Module:
+    """The model that will be used in the end, so the one that is judged: the average of the weights, if there is one."""
+    return trainer.model if trainer.ema is None else trainer.ema.module
+
+
+class Sample:
+    """When it is due, writes down how the model continues a prompt: always with the same random numbers.
+
+    Args:
+        context: The most tokens that the model looks back at.
+        n: How many it writes.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tokenizer: Tokenizer,
+        prompt: str,
+        due: Due,
+        logger: Logger,
+        context: int | None = None,
+        n: int = 120,
+    ) -> None:
+        self.trainer, self.tokenizer, self.prompt, self.due = trainer, tokenizer, prompt, due
+        self.logger, self.context, self.n = logger, context, n
+        self.text = ""
+        """The last one."""
+        self.step = -1
+        """Its step."""
+
+    def __call__(self, info: StepInfo) -> None:
+        if self.due(info):
+            self.write(info.step)
+
+    def write(self, step: int) -> str:
+        """Now."""
+        model = judged(self.trainer)
+        device = next(model.parameters()).device
+        ids = torch.tensor([self.tokenizer.encode(self.prompt)], device=device)
+        how = {"temperature": 0.8, "top_p": 0.95, "generator": torch.Generator(device).manual_seed(0)}
+        with self.trainer.precision.autocast():
+            new = [int(token) for token in generate(model, ids, self.n, self.context, **how)]
+        known = self.tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
+        self.text = self.tokenizer.decode([*ids[0].tolist(), *(token for token in new if token < known)])
+        self.step = step
+        self.logger.text(step, "sample", self.text)
+        return self.text
+
+
+class Save:
+    """Writes a checkpoint when it is due, at the end, and whenever what is held out has a new best.
+
+    Args:
+        header: What `load_model` needs to know.
+        also: Other callbacks with a state, by name.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: CheckpointFolder,
+        due: Due,
+        header: dict[str, str],
+        evaluator: Evaluate,
+        also: dict[str, Any] | None = None,
+    ) -> None:
+        self.trainer, self.folder, self.due, self.header = trainer, folder, due, header
+        self.evaluator, self.also = evaluator, {"evaluate": evaluator, **(also or {})}
+        self.step = -1
+
+    def __call__(self, info: StepInfo) -> None:
+        is_best = self.evaluator.looked(info) and self.evaluator.stopping.improved
+        if self.due(info) or is_best:
+            self.save()
+
+    def save(self) -> None:
+        """Now, unless this step is saved already."""
+        if self.step == self.trainer.step:
+            return
+        tree = self.trainer.state_dict()  # every process: some of it has to be put together
+        tree["callbacks"] = {name: callback.state_dict() for name, callback in self.also.items()}
+        self.step = self.trainer.step
+        if is_main():
+            self.folder.save(self.step, tree, self.header, self.evaluator.loss_at(self.step))
+        barrier()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give the other callbacks back what was saved of them."""
+        for name, callback in self.also.items():
+            if name in state:
+                callback.load_state_dict(state[name])
