@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from tutorial_lib.cli.main import app
 from tutorial_lib.runs.config import ConfigError, load_config
 from tutorial_lib.data.webshards import write_tar_shards
-from tutorial_lib.runs.callbacks import Stop
+from tutorial_lib.runs.terminal import Stop
 from tutorial_lib.interop.checkpoint import load_model
 from tutorial_lib.train.checkpoints import load_tree
 

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from tutorial_lib.eval import baselines
+from tutorial_lib.interop.checkpoint import load_model
+from tutorial_lib.runs.callbacks import write_on
 from tutorial_lib.tour.__main__ import main
 from tutorial_lib.tour.recipes import RECIPES, with_seconds
-from tutorial_lib.tour.run import write_sample
-from tutorial_lib.interop.checkpoint import load_model
+from tutorial_lib.train.checkpoints import read_header
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_short_tour_learns_and_leaves_everything(tmp_path, text, capsys):
     assert about["val_loss"] == pytest.approx(min(loss for _, loss in result["val_curve"]))
     from tutorial_lib.data.tokenize import ByteTokenizer
 
-    assert write_sample(model, ByteTokenizer(), n=20).startswith("**JULIET**")
+    assert write_on(model, ByteTokenizer(), "**JULIET**", n=20).startswith("**JULIET**")
     assert "bits per byte" in capsys.readouterr().out
 
 
@@ -62,15 +63,15 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path, text):
         [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.time() + 120
-    while not (tmp_path / "latest.safetensors").exists() and time.time() < deadline:
+    while not (tmp_path / "latest.ckpt").exists() and time.time() < deadline:
         time.sleep(0.2)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "usable checkpoint" in output
-    model, about = load_model(tmp_path / "latest.safetensors")
-    assert about["step"] >= 1
+    model, _ = load_model(tmp_path / "latest.ckpt")
+    assert int(read_header(tmp_path / "latest.ckpt")["step"]) >= 1
     assert torch.isfinite(model(torch.zeros(1, 8, dtype=torch.long))).all()
     assert (tmp_path / "report.html").exists()
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"

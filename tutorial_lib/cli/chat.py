@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from tutorial_lib.cli.common import BAD_INPUT, console, run_alone, sentences, speak, take_any_bytes
-from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
+from tutorial_lib.cli.models import Device, Dtype, Model, named, open_model
 from tutorial_lib.serve.conversation import Conversation
 from tutorial_lib.serve.respond import Request
 
@@ -32,7 +32,6 @@ class Quit(Exception):
 
 
 def chat(
-    ckpt: Ckpt = None,
     model: Model = None,
     system: Annotated[
         str | None, typer.Option(help="What the model is told first; its own by default.")
@@ -65,11 +64,10 @@ def chat(
     with sentences():
         if max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens is {max_new_tokens}, but must be at least 1")
-        if ckpt is None and model is None:
-            model = "smollm2"
+        name = named(model, "smollm2")
         # What is wrong with it is said before a model is loaded.
         how = Request([0], max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-        found = open_model(ckpt, model, dtype, device)
+        found = open_model([name], dtype, device)
         how = replace(how, stop_ids=found.stop_ids, stop=found.stop)
         talk = Conversation(found.model, found.tokenizer, found.template, how, context, system)
         take_any_bytes()
@@ -77,9 +75,7 @@ def chat(
         if person:
             with suppress(ImportError):  # on Windows, the terminal itself edits lines
                 import readline  # noqa: F401 - arrow keys, and what was typed before
-            speak(
-                f"{model or ckpt}: {talk.context:,} tokens of context. /help lists the commands, Ctrl-D leaves."
-            )
+            speak(f"{name}: {talk.context:,} tokens of context. /help lists the commands, Ctrl-D leaves.")
         failed = False
         while True:
             try:

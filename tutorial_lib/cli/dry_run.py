@@ -7,44 +7,19 @@ import os
 from rich.table import Table
 
 from tutorial_lib.cli.common import console
-from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.runs.config import Config, model_config
+from tutorial_lib.kinds import kind_named
+from tutorial_lib.runs.config import Config, ConfigError, model_config
 from tutorial_lib.runs.inputs import pretrained
 from tutorial_lib.runs.parts import pick_precision
-from tutorial_lib.tools.accounting import ModelShape, count_parameters, flops_per_token, training_memory
+from tutorial_lib.tools.accounting import count_parameters, flops_per_token, training_memory
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.tools.profiling import measure_roofline, time_call
 from tutorial_lib.train.accumulate import accumulate_gradients
 
-__all__ = ["report", "shape_of"]
+__all__ = ["report"]
 
 UTILIZATION = 0.4
 """The share of the measured peak that a large model may hope for."""
-
-
-def shape_of(config: ModelConfig) -> ModelShape:
-    """What decides the cost of a `Transformer`."""
-    learned = config.positions == "learned" or (config.positions is None and not config.rope)
-    d_mlp = config.d_mlp
-    if d_mlp is None and config.mlp == "swiglu":
-        from tutorial_lib.core.swiglu import gated_width
-
-        d_mlp = gated_width(config.d_model)
-    return ModelShape(
-        config.vocab_size,
-        config.d_model,
-        config.n_layers,
-        config.n_heads,
-        config.n_kv_heads,
-        config.d_head,
-        d_mlp,
-        gated=config.mlp == "swiglu",
-        tied=config.tie_embeddings,
-        learned_positions=config.max_seq_len if learned else 0,
-        bias=config.bias,
-        norm=config.norm,
-        qk_norm=config.qk_norm,
-    )
 
 
 def report(config: Config) -> None:
@@ -52,7 +27,12 @@ def report(config: Config) -> None:
     import torch
 
     pretrained(config)  # its shape is what counts
-    train, shape = config.train, shape_of(model_config(config))
+    train, kind = config.train, kind_named(config.model.kind)
+    if kind.shape is None:
+        raise ConfigError(
+            f"nobody said what a {kind.name} costs: register it with a shape (tutorial_lib.kinds)"
+        )
+    shape = kind.shape(model_config(config))
     device = pick_device(train.device)
     precision = pick_precision(train.amp, device)
     parameters = count_parameters(shape)
@@ -120,7 +100,7 @@ def _tokens_per_second(config: Config, flops_per_token: float, peak: float) -> t
         return rate, f"at {UTILIZATION:.0%} of the peak (a guess: a micro-batch takes too long to try)"
     device = pick_device(train.device)
     try:
-        model = Transformer(model_config(config)).to(device)
+        model = kind_named(config.model.kind).model(model_config(config)).to(device)
         ids = torch.randint(config.model.vocab_size, (rows, train.seq_len + 1))
         pieces = [(ids[:, :-1], ids[:, 1:])]
         precision = pick_precision(train.amp, device)

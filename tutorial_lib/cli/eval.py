@@ -12,7 +12,7 @@ import typer
 from torch import Tensor, nn
 
 from tutorial_lib.cli.common import run_alone, sentences, speak
-from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
+from tutorial_lib.cli.models import Device, Dtype, Model, named, open_model
 from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.tokenizers import same_tokenizer
 from tutorial_lib.eval.perplexity import evaluate as measure
@@ -55,7 +55,6 @@ class _Started(nn.Module):
 
 
 def evaluate(
-    ckpt: Ckpt = None,
     model: Model = None,
     split: Annotated[str, typer.Option(help="train or val")] = "val",
     data: Annotated[
@@ -85,7 +84,7 @@ def evaluate(
     perplexity are per token, and mean nothing beside another tokenizer's; bits per byte and byte perplexity do.
     """
     with sentences():
-        found = open_model(ckpt, model, dtype, device, write=False)
+        found = open_model(model, dtype, device, write=False)
         source = source_of(found, data)
         tokens = source.part(split)
         if not same_tokenizer(found.tokenizer, source.tokenizer):
@@ -123,7 +122,7 @@ def evaluate(
             "byte_perplexity": math.exp(per_byte),
         }
         if as_json:
-            print(json.dumps({"ckpt": str(model or ckpt), **result}))
+            print(json.dumps({"ckpt": named(model), **result}))
             return
         if max_windows is not None:
             speak(f"{score.tokens:,} of {len(tokens):,} tokens")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tutorial_lib.cli.common import run_alone, sentences
-from tutorial_lib.cli.models import Ckpt, Model, open_model
+from tutorial_lib.cli.models import Model, open_model
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.interop.gguf import KINDS, save_gguf
 from tutorial_lib.interop.hf import save_hf
@@ -20,7 +20,6 @@ __all__ = ["export"]
 
 def export(
     out: Annotated[Path, typer.Argument(help="model.gguf, or a folder for Hugging Face's format.")],
-    ckpt: Ckpt = None,
     model: Model = None,
     kind: Annotated[
         str | None,
@@ -42,11 +41,10 @@ def export(
             raise ValueError(f"--kind is {kind!r}, but {out} can hold {', '.join(kinds)}")
         if out.exists() and (to_gguf or not out.is_dir() or any(out.iterdir())):  # said before all is loaded
             raise ValueError(f"{out} is there already: choose another name, or remove it")
-        found = open_model(ckpt, model, "fp32", "cpu", write=False)
-        if not isinstance(found.model, Transformer):
-            raise ValueError(
-                "this is the GPT of lesson 1.6: only the Transformer of lesson 3.6 has a public format"
-            )
+        found = open_model(model, "fp32", "cpu", write=False)
+        if type(found.model) is not Transformer:
+            name = type(found.model).__name__
+            raise ValueError(f"a {name} has no public format: only the Transformer of lesson 3.6 has")
         template = None if found.template.source == PLAIN else found.template.source
         if to_gguf:
             save_gguf(found.model, out, found.tokenizer, kind, out.stem, template)

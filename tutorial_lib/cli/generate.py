@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from tutorial_lib.cli.common import run_alone, sentences, speak, take_any_bytes
-from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
+from tutorial_lib.cli.models import Device, Dtype, Model, open_model
 from tutorial_lib.serve.respond import Request, complete, respond
 
 __all__ = ["generate"]
@@ -18,7 +18,6 @@ AT_ONCE = 32
 
 
 def generate(
-    ckpt: Ckpt = None,
     model: Model = None,
     prompt: Annotated[
         list[str] | None,
@@ -63,7 +62,7 @@ def generate(
         texts = [sys.stdin.read() if text == "-" else text for text in prompt or ["\n"]]
         if "" in texts:
             raise ValueError("the prompt is empty: give at least one character")
-        found = open_model(ckpt, model, dtype, device)
+        found = open_model(model, dtype, device)
         texts = [text for text in texts for _ in range(num_samples)]
         requests = [
             Request(

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tutorial_lib.interop.pretrained import DTYPES, Pretrained, open_checkpoint, open_pretrained
+from tutorial_lib.interop.pretrained import DTYPES, Pretrained, open_pretrained
+from tutorial_lib.kinds import KINDS
 from tutorial_lib.tools.devices import pick_device
 
-__all__ = ["Ckpt", "Device", "Dtype", "Model", "open_model"]
+__all__ = ["Device", "Dtype", "Model", "named", "open_model"]
 
-Ckpt = Annotated[
-    Path | None,
-    typer.Option("--ckpt", help="A checkpoint of yours: runs/tiny/latest.ckpt", show_default=False),
-]
 Model = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
         "--model",
-        help="A pretrained model: smollm2, a .gguf file, a Hugging Face folder, or owner/model on the hub.",
+        "--ckpt",
+        help="A checkpoint of yours (runs/tiny/latest.ckpt), smollm2, a .gguf file, a Hugging Face folder, or "
+        "owner/model on the hub.",
         show_default=False,
     ),
 ]
@@ -29,19 +27,30 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or mps; 
 
 
 def open_model(
-    ckpt: Path | None, model: str | None, dtype: str, device: str | None, write: bool = True
+    names: list[str] | None, dtype: str, device: str | None, write: bool = True, default: str | None = None
 ) -> Pretrained:
     """The model that the command line names.
 
     Args:
         write: It is going to write token by token: on a CPU, its matrices are put in order for that.
+        default: The one to take if it names none.
 
     Raises:
-        ValueError: if it names none, or two; and whatever `open_pretrained` raises.
+        ValueError: if it names none, or several, or one that does not write; and whatever `open_pretrained` raises.
     """
-    if (ckpt is None) == (model is None):
-        raise ValueError("say which model, one of --ckpt runs/tiny/latest.ckpt and --model smollm2")
-    where = pick_device(device)
-    if ckpt is not None:
-        return open_checkpoint(ckpt, dtype, where, write)
-    return open_pretrained(model, dtype, where, write)
+    name = named(names, default)
+    found = open_pretrained(name, dtype, pick_device(device), write)
+    kind = KINDS[type(found.model).__name__]
+    if not kind.writes:
+        raise ValueError(
+            f"{name} is a {kind.name}, which gives no scores for next tokens: nothing can be written with it"
+        )
+    return found
+
+
+def named(names: list[str] | None, default: str | None = None) -> str:
+    """The one name among those that were given."""
+    names = names or ([] if default is None else [default])
+    if len(names) != 1:
+        raise ValueError("say which model, one: --model runs/tiny/latest.ckpt, or --model smollm2")
+    return names[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,19 @@ from tutorial_lib.interop.gguf_file import GGUFFile
 from tutorial_lib.interop.hf import load_hf, read_config
 from tutorial_lib.interop.hub import download, looks_like_hub_id
 from tutorial_lib.interop.layout import lay_out, put_laid_out
-from tutorial_lib.interop.weights import WeightsError, put
+from tutorial_lib.interop.weights import Put, WeightsError, put
 from tutorial_lib.quant.int8 import put_int8, to_int8
 from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
 from tutorial_lib.tools.devices import pick_device
+from tutorial_lib.train.checkpoints import read_header
 
-__all__ = ["DTYPES", "Pretrained", "open_checkpoint", "open_pretrained"]
+__all__ = ["DTYPES", "Pretrained", "open_pretrained"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
 """What weights are kept in. With int8, the matrices are, and what flows between them is fp32."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl")
+PICKLE = "{} is a pickle, which can run code when it is read: only safetensors and GGUF are"
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Pretrained:
     """A model and its manners."""
 
     model: Transformer | GPT
+    """Of any kind that is known (`tutorial_lib.kinds`)."""
     tokenizer: Tokenizer
     tokenizer_name: str
     """As `load_tokenizer` wants it."""
@@ -62,83 +66,97 @@ class Pretrained:
 def open_pretrained(
     name: str | Path, dtype: str = "fp32", device: torch.device | str = "cpu", to_write: bool = False
 ) -> Pretrained:
-    """Load a model.
+    """Open a model: the one door for all of them.
 
     Args:
         name: `smollm2`; a GGUF file; a folder with a Hugging Face checkpoint; a checkpoint of ours; or
             `owner/model` on the Hugging Face hub.
         dtype: `fp32`, `bf16`, `fp16` or `int8`.
         device: Where.
-        to_write: It is going to write token by token: its matrices are laid out for that, see `serve.layout`.
+        to_write: It is going to write token by token: its matrices are laid out for that, see `interop.layout`.
 
     Raises:
         WeightsError, CheckpointError, CorpusError, ValueError: if it cannot be had, or is not what it should be.
     """
-    name, device = str(name), pick_device(str(device))  # says so if this machine has none
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    device = pick_device(str(device))  # says so if this machine has none
+    opener, path = _find(str(name))
+    found = opener(path, dtype, device, to_write)
+    if str(name) in MODELS:
+        found.tokenizer_name = str(name)
+    return found
+
+
+def _find(name: str) -> tuple[Callable[..., Pretrained], Path]:
+    """How the thing with this name is opened, and where it is on this machine, fetched if need be."""
     path = fetch(name) if name in MODELS else Path(name).expanduser()
-    how = {"dtype": _dtype(dtype), "device": device, "put": put_laid_out if to_write else put}
-    if dtype == "int8":
-        how["put"] = put_int8
-    if name and path.is_dir():
-        return _folder(path, how)
     suffix = path.suffix.lower()
+    if name and path.is_dir():
+        return _open_folder, path
     if suffix == ".gguf":
-        return _gguf(path, name, how)
-    if not path.is_file() and suffix != ".ckpt":
-        if looks_like_hub_id(name) and suffix not in (
-            *PICKLES,
-            ".safetensors",
-        ):  # others may have a dot: Qwen3-0.6B
-            return _folder(download(name), how)
-        known = ", ".join(MODELS)
-        near = difflib.get_close_matches(name.lower(), MODELS, n=1)
-        if near:
-            raise WeightsError(f"there is no model {name!r}: did you mean {near[0]!r}?")
-        raise WeightsError(
-            f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
-            "owner/model"
-        )
+        return _open_gguf, path
+    if path.is_file() or suffix in (".ckpt", ".safetensors"):
+        return _open_checkpoint, path
     if suffix in PICKLES:
-        raise WeightsError(
-            f"{path} is a pickle, which can run code when it is read: only safetensors and GGUF are"
-        )
-    if suffix == ".safetensors":
-        raise WeightsError(f"{path} has only numbers: give the folder that has its config.json, too")
-    return open_checkpoint(path, dtype, device, to_write)
+        raise WeightsError(PICKLE.format(path))
+    if (
+        looks_like_hub_id(name) and not path.parent.is_dir()
+    ):  # a folder of that name is meant, and not an owner
+        return _open_folder, download(name)
+    known = ", ".join(MODELS)
+    near = difflib.get_close_matches(name.lower(), MODELS, n=1) or _beside(path)
+    if near:
+        raise WeightsError(f"there is no model {name!r}: did you mean {near[0]!r}?")
+    raise WeightsError(
+        f"there is no model {name!r}: give {known}, a .gguf file, a folder with config.json, a .ckpt file or "
+        "owner/model"
+    )
 
 
-def _gguf(path: Path, name: str, how: dict[str, Any]) -> Pretrained:
+def _beside(path: Path) -> list[str]:
+    """The checkpoint in the same folder whose name comes nearest."""
+    names = [p.name for p in path.parent.glob("*.ckpt")] if path.name and path.parent.is_dir() else []
+    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names, n=1)]
+
+
+def _put(dtype: str, to_write: bool) -> Put:
+    """What is done with each weight of somebody else's."""
+    return put_int8 if dtype == "int8" else put_laid_out if to_write else put
+
+
+def _open_gguf(path: Path, dtype: str, device: torch.device, to_write: bool) -> Pretrained:
     file = GGUFFile(path)
     tokenizer = gguf_tokenizer(file)
     source = file.metadata.get("tokenizer.chat_template")
     ends = [file.metadata.get(f"tokenizer.ggml.{which}_token_id") for which in ("eot", "eom")]
     ends = [i for i in ends if isinstance(i, int)]  # of a turn, of a message: Llama 3 ends an answer so
-    return _ready(load_gguf(file, **how), tokenizer, name, source, ends, path.parent)
+    model = load_gguf(file, dtype=DTYPES[dtype], device=device, put=_put(dtype, to_write))
+    return _ready(model, tokenizer, str(path), source, ends, path.parent)
 
 
-def _folder(folder: Path, how: dict[str, Any]) -> Pretrained:
+def _open_folder(folder: Path, dtype: str, device: torch.device, to_write: bool) -> Pretrained:
     if not (folder / "config.json").is_file():
-        raise WeightsError(
-            f"{folder} has no config.json: a Hugging Face checkpoint has, a run of ours is its .ckpt file"
+        latest, theirs = (
+            folder / "latest.ckpt",
+            "a Hugging Face checkpoint has, a run of ours is its .ckpt file",
         )
+        hint = f"did you mean {latest}?" if latest.is_file() else theirs
+        raise WeightsError(f"{folder} has no config.json: {hint}")
     if not (folder / "tokenizer.json").is_file():
         raise WeightsError(f"{folder} has no tokenizer.json, without which nobody can read to it")
     name = str(folder / "tokenizer.json")  # and not the folder, which may be called gpt2
     tokenizer = load_tokenizer(name)
-    return _ready(load_hf(folder, **how), tokenizer, name, _template_in(folder), _ends_in(folder), folder)
+    model = load_hf(folder, dtype=DTYPES[dtype], device=device, put=_put(dtype, to_write))
+    return _ready(model, tokenizer, name, _template_in(folder), _ends_in(folder), folder)
 
 
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def open_checkpoint(
-    path: Path, dtype: str = "fp32", device: torch.device | str = "cpu", to_write: bool = False
-) -> Pretrained:
-    """A checkpoint of ours, in the same form; the average of its weights, if the run kept one."""
-    kind = _dtype(dtype)
+def _open_checkpoint(path: Path, dtype: str, device: torch.device, to_write: bool) -> Pretrained:
+    """One of ours; the average of its weights, if the run kept one."""
+    if path.suffix.lower() in PICKLES:
+        raise WeightsError(PICKLE.format(path))
+    if path.suffix == ".safetensors" and path.is_file() and "tree" not in read_header(path):
+        raise WeightsError(f"{path} has only numbers: give the folder that has its config.json, too")
     model, about = load_model(path, device)
     if dtype == "int8":
         if not isinstance(model, Transformer):
@@ -147,14 +165,12 @@ def open_checkpoint(
             )
         model = to_int8(model)
     else:
-        model = model.to(kind)
+        model = model.to(DTYPES[dtype])
         if to_write:
             lay_out(model)
     name = about.get("tokenizer", "byte")
     tokenizer = load_tokenizer(name, path.parent)
-    found = _ready(model, tokenizer, name, _template_in(path.parent), None, path.parent)
-    found.about = about
-    return found
+    return _ready(model, tokenizer, name, _template_in(path.parent), None, path.parent, about)
 
 
 def _template_in(folder: Path) -> str | None:
@@ -184,6 +200,7 @@ def _ready(
     source: str | None,
     ends: list[int] | None,
     folder: Path,
+    about: dict[str, Any] | None = None,
 ) -> Pretrained:
     if tokenizer.vocab_size > model.config.vocab_size:
         raise WeightsError(
@@ -197,7 +214,7 @@ def _ready(
         template, stop = _template(source, specials), ()
     else:  # a model that was never taught to chat would go on with the other's lines
         template, stop = ChatTemplate(PLAIN), ("\nUser:",)
-    return Pretrained(model, tokenizer, tokenizer_name, template, frozenset(stops), stop, folder=folder)
+    return Pretrained(model, tokenizer, tokenizer_name, template, frozenset(stops), stop, about or {}, folder)
 
 
 def _template(source: str, specials: dict[str, str]) -> ChatTemplate:

@@ -24,7 +24,7 @@ from tutorial_lib.train.objective import Batch
 from tutorial_lib.train.stopping import EarlyStopping
 from tutorial_lib.train.trainer import Trainer
 
-__all__ = ["Due", "Evaluate", "Sample", "Save", "every", "judged", "shares"]
+__all__ = ["Due", "Evaluate", "Sample", "Save", "every", "judged", "shares", "write_on"]
 
 
 Due: TypeAlias = Callable[[StepInfo], bool]
@@ -143,17 +143,23 @@ class Sample:
 
     def write(self, step: int) -> str:
         """Now."""
-        model = judged(self.trainer)
-        device = next(model.parameters()).device
-        ids = torch.tensor([self.tokenizer.encode(self.prompt)], device=device)
-        how = {"temperature": 0.8, "top_p": 0.95, "generator": torch.Generator(device).manual_seed(0)}
         with self.trainer.precision.autocast():
-            new = [int(token) for token in generate(model, ids, self.n, self.context, **how)]
-        known = self.tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
-        self.text = self.tokenizer.decode([*ids[0].tolist(), *(token for token in new if token < known)])
+            self.text = write_on(judged(self.trainer), self.tokenizer, self.prompt, self.n, self.context)
         self.step = step
         self.logger.text(step, "sample", self.text)
         return self.text
+
+
+def write_on(
+    model: nn.Module, tokenizer: Tokenizer, prompt: str, n: int = 120, context: int | None = None
+) -> str:
+    """The prompt and the `n` tokens that the model writes after it, from the same random numbers at every call."""
+    device = next(model.parameters()).device
+    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+    how = {"temperature": 0.8, "top_p": 0.95, "generator": torch.Generator(device).manual_seed(0)}
+    new = [int(token) for token in generate(model, ids, n, context, **how)]
+    known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
+    return tokenizer.decode([*ids[0].tolist(), *(token for token in new if token < known)])
 
 
 class Save:

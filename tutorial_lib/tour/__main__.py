@@ -49,9 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"[bold red]The tour stopped:[/] {error}", highlight=False, soft_wrap=True)
         return 1
     if story.interrupted:
-        console.print(
-            f"Stopped after step {story.steps}. A usable checkpoint: {folder / 'latest.safetensors'}"
-        )
+        console.print(f"Stopped after step {story.steps}. A usable checkpoint: {folder / 'latest.ckpt'}")
         console.print(f"The report so far: {report}", highlight=False, soft_wrap=True)
         return 130
     console.print(
