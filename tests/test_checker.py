@@ -16,12 +16,13 @@ import torch
 from tutorial_lib.checks import check, progress
 from tutorial_lib.checks.__main__ import main
 from tutorial_lib.checks.grade import grade
+from tutorial_lib.checks.gradings import all_exercises, find_exercise
 from tutorial_lib.checks.mutate import mutants
 from tutorial_lib.checks.notebook import Cell, definitions, notebook_of
 from tutorial_lib.checks.probes import equals, fill_by_name, holds, leaks, same_shape
 from tutorial_lib.checks.report import as_html, as_text
 from tutorial_lib.checks.sandbox import grade_notebook
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe, all_exercises, find_exercise, same_value
+from tutorial_lib.checks.spec import Exercise, Misconception, Probe, same_value
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = "def split_heads(x, n):\n    B, T, D = x.shape\n    return x.view(B, T, n, D // n).transpose(1, 2)"

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tutorial_lib.checks.grade import Result, grade
+from tutorial_lib.checks.gradings import all_exercises
 from tutorial_lib.checks.mutate import mutants
 from tutorial_lib.checks.notebook import code_cells, notebook_of, statements
 from tutorial_lib.checks.sandbox import grade_cells, grade_notebook
-from tutorial_lib.checks.spec import Exercise, all_exercises
+from tutorial_lib.checks.spec import Exercise
 from tutorial_lib.checks.stubs import top_level_source
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tutorial_lib.checks.grade import Result, grade
+from tutorial_lib.checks.gradings import find_exercise
 from tutorial_lib.checks.progress import record
-from tutorial_lib.checks.spec import find_exercise
 from tutorial_lib.checks.stubs import is_untouched_object
 
 __all__ = ["check"]

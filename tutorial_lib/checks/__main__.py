@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from tutorial_lib.checks.grade import Result
+from tutorial_lib.checks.gradings import all_exercises, find_exercise
 from tutorial_lib.checks.notebook import find_home, notebook_of, statements
 from tutorial_lib.checks.progress import next_hint, overview, record
 from tutorial_lib.checks.report import as_text, chapter_table, summary
 from tutorial_lib.checks.sandbox import grade_notebook
-from tutorial_lib.checks.spec import all_exercises, find_exercise
 
 
 def _fail(sentence: str) -> int:

@@ -7,11 +7,8 @@ claimed only when the learner's numbers equal a misconception's numbers.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +19,6 @@ __all__ = [
     "Judge",
     "Misconception",
     "Probe",
-    "all_exercises",
-    "find_exercise",
     "same_value",
 ]
 
@@ -91,38 +86,6 @@ class Exercise:
     def part(self) -> int:
         """1 for exercise 1.4.a."""
         return int(self.id.split(".")[0])
-
-
-@cache
-def all_exercises() -> dict[str, Exercise]:
-    """Every exercise by id, in the order of the course."""
-    from tutorial_lib.checks import lessons
-
-    found: dict[str, Exercise] = {}
-    for module in pkgutil.iter_modules(lessons.__path__, lessons.__name__ + "."):
-        for exercise in importlib.import_module(module.name).EXERCISES:
-            if exercise.id in found:
-                raise ValueError(f"exercise {exercise.id} is defined twice (again in {module.name})")
-            found[exercise.id] = exercise
-    return dict(sorted(found.items(), key=lambda item: _sort_key(item[0])))
-
-
-def _sort_key(exercise_id: str) -> tuple[int, int, str]:
-    part, lesson, letter = exercise_id.split(".")
-    return int(part), int(lesson), letter
-
-
-def find_exercise(exercise_id: str) -> Exercise:
-    """The exercise with this id; a KeyError names the nearest one."""
-    import difflib
-
-    exercises = all_exercises()
-    if exercise_id not in exercises:
-        near = difflib.get_close_matches(exercise_id.lower(), exercises, n=1, cutoff=0.0)
-        raise KeyError(
-            f"there is no exercise {exercise_id!r}; the nearest is {near[0]}" if near else "no exercises"
-        )
-    return exercises[exercise_id]
 
 
 def same_value(a: Any, b: Any, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
