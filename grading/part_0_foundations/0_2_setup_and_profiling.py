@@ -33,12 +33,16 @@ def _with_intensity(intensity: Callable[[int, int, int, int], float]) -> Callabl
     return wrong
 
 
-def _larger_limit(M: int, K: int, N: int, size: int, peak: float, bandwidth: float) -> tuple[float, float]:
+def the_larger_limit(M: int, K: int, N: int, size: int, peak: float, bandwidth: float) -> tuple[float, float]:
+    """The intensity is right, but you took the larger one of the two limits. Both hold at once, so the lower
+    one decides."""
     intensity, _ = matmul_roofline(M, K, N, size, peak, bandwidth)
     return intensity, max(peak, intensity * bandwidth)
 
 
-def _no_peak(M: int, K: int, N: int, size: int, peak: float, bandwidth: float) -> tuple[float, float]:
+def no_peak(M: int, K: int, N: int, size: int, peak: float, bandwidth: float) -> tuple[float, float]:
+    """Intensity times bandwidth is right as long as memory is the limit. Right of the ridge the roof is flat:
+    nothing is faster than the peak."""
     intensity, _ = matmul_roofline(M, K, N, size, peak, bandwidth)
     return intensity, intensity * bandwidth
 
@@ -109,18 +113,8 @@ ROOFLINE = Exercise(
             _with_intensity(lambda M, K, N, s: s * (M * K + K * N + M * N) / (2 * M * K * N)),
             "That is bytes per FLOP. Intensity is the other way round: what is done with each byte that is fetched.",
         ),
-        Misconception(
-            "the larger limit",
-            _larger_limit,
-            "The intensity is right, but you took the larger one of the two limits. Both hold at once, so the lower one "
-            "decides.",
-        ),
-        Misconception(
-            "no peak",
-            _no_peak,
-            "Intensity times bandwidth is right as long as memory is the limit. Right of the ridge the roof is flat: "
-            "nothing is faster than the peak.",
-        ),
+        the_larger_limit,
+        no_peak,
     ],
 )
 
@@ -209,21 +203,27 @@ def _variant(judge: Callable[[list[float]], float], before: bool = True, after: 
     return wrong
 
 
-def _warmup_counts(
+def the_warmup_counts(
     fn: Callable, clock: Callable, synchronize: Callable, warmup: int = 2, repeats: int = 5
 ) -> float:
+    """The warm-up calls are among the times. They are slow for reasons of their own: call fn in a loop
+    before, and throw those away."""
     return statistics.median(_samples(fn, clock, synchronize, warmup + repeats))
 
 
-def _no_warmup(
+def no_warmup(
     fn: Callable, clock: Callable, synchronize: Callable, warmup: int = 2, repeats: int = 5
 ) -> float:
+    """fn is called repeats times and never to warm up, so whatever the first calls have to fetch, load and
+    compile is measured."""
     return statistics.median(_samples(fn, clock, synchronize, repeats))
 
 
-def _all_in_one(
+def all_in_one(
     fn: Callable, clock: Callable, synchronize: Callable, warmup: int = 2, repeats: int = 5
 ) -> float:
+    """You timed all calls together and divided. That is a mean again, and hides how the single calls differ:
+    time each by itself."""
     for _ in range(warmup):
         fn()
     synchronize()
@@ -297,30 +297,15 @@ STOPWATCH = Exercise(
             "The device was still at work when you looked at the clock for the first time, and that work is counted as "
             "yours. Synchronize before the first look, too.",
         ),
-        Misconception(
-            "the warm-up counts",
-            _warmup_counts,
-            "The warm-up calls are among the times. They are slow for reasons of their own: call fn in a loop before, and "
-            "throw those away.",
-        ),
-        Misconception(
-            "no warm-up",
-            _no_warmup,
-            "fn is called repeats times and never to warm up, so whatever the first calls have to fetch, load and compile is "
-            "measured.",
-        ),
+        the_warmup_counts,
+        no_warmup,
         Misconception(
             "the mean",
             _variant(statistics.fmean),
             "This is the mean. A single interruption by another program moves it as far as it likes; the median asks what "
             "a usual call takes.",
         ),
-        Misconception(
-            "all in one",
-            _all_in_one,
-            "You timed all calls together and divided. That is a mean again, and hides how the single calls differ: time "
-            "each by itself.",
-        ),
+        all_in_one,
         Misconception(
             "the fastest",
             _variant(min),
@@ -384,25 +369,37 @@ class LossScaler:
             self.good_steps = 0
 
 
-class _ClipsFirst(LossScaler):
+class ClipBeforeUnscale(LossScaler):
+    """You clipped gradients that were still multiplied by the scale, and divided afterwards: their norm is
+    then at most max_norm / scale, and training crawls. Divide first, then clip."""
+
     def _prepare(self, parameters: list[Tensor], max_norm: float) -> None:
         nn.utils.clip_grad_norm_(parameters, max_norm)
         self._unscale(parameters)
 
 
-class _NeverUnscales(LossScaler):
+class NeverUnscaled(LossScaler):
+    """The optimizer saw gradients that are still `scale` times too large, and only the clip kept that from
+    showing. Divide them by the scale first."""
+
     def _unscale(self, parameters: list[Tensor]) -> None:
         pass
 
 
-class _ClipsEachAlone(LossScaler):
+class EachParameterClippedAlone(LossScaler):
+    """You clipped each parameter to max_norm by itself. That changes the direction of the step; the limit is
+    for the norm of all gradients together, so hand clip_grad_norm_ the whole list."""
+
     def _prepare(self, parameters: list[Tensor], max_norm: float) -> None:
         self._unscale(parameters)
         for p in parameters:
             nn.utils.clip_grad_norm_([p], max_norm)
 
 
-class _StepsAnyway(LossScaler):
+class StepsAnyway(LossScaler):
+    """The infinity was noticed, but only after optimizer.step() had written it into the weights. Test before
+    the step, and leave the weights alone."""
+
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> bool:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self._prepare(parameters, max_norm)
@@ -412,7 +409,10 @@ class _StepsAnyway(LossScaler):
         return healthy
 
 
-class _ZeroesAndSteps(LossScaler):
+class ZerosForInfinities(LossScaler):
+    """You replaced infinite gradients by zero and stepped with the rest. The rest belongs to a batch that has
+    overflowed, and the scale never learns that it is too large: skip the step."""
+
     def _prepare(self, parameters: list[Tensor], max_norm: float) -> None:
         self._unscale(parameters)
         for p in parameters:
@@ -420,17 +420,26 @@ class _ZeroesAndSteps(LossScaler):
         nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
-class _NeverShrinks(LossScaler):
+class NeverShrinks(LossScaler):
+    """The step was skipped, but the scale stayed, so the next batch will overflow as well, and the one after
+    that: multiply it by backoff."""
+
     def _shrink(self) -> None:
         self.good_steps = 0
 
 
-class _CountsOn(LossScaler):
+class TheCountSurvivesASkip(LossScaler):
+    """The scale grew too soon: good steps from before the overflow were still counted. The interval is of
+    good steps in a row, so a skipped step sets the count to zero."""
+
     def _shrink(self) -> None:
         self.scale *= self.backoff
 
 
-class _GrowsEverAfter(LossScaler):
+class GrowsEverAfter(LossScaler):
+    """After the first interval the scale grew at every step, since the count was never set back. Each growth
+    begins a new interval."""
+
     def _grow(self) -> None:
         self.good_steps += 1
         if self.good_steps >= self.interval:
@@ -583,54 +592,14 @@ SCALER = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "clip before unscale",
-            _ClipsFirst,
-            "You clipped gradients that were still multiplied by the scale, and divided afterwards: their norm is then at "
-            "most max_norm / scale, and training crawls. Divide first, then clip.",
-        ),
-        Misconception(
-            "never unscaled",
-            _NeverUnscales,
-            "The optimizer saw gradients that are still `scale` times too large, and only the clip kept that from showing. "
-            "Divide them by the scale first.",
-        ),
-        Misconception(
-            "each parameter clipped alone",
-            _ClipsEachAlone,
-            "You clipped each parameter to max_norm by itself. That changes the direction of the step; the limit is for the "
-            "norm of all gradients together, so hand clip_grad_norm_ the whole list.",
-        ),
-        Misconception(
-            "steps anyway",
-            _StepsAnyway,
-            "The infinity was noticed, but only after optimizer.step() had written it into the weights. Test before the "
-            "step, and leave the weights alone.",
-        ),
-        Misconception(
-            "zeros for infinities",
-            _ZeroesAndSteps,
-            "You replaced infinite gradients by zero and stepped with the rest. The rest belongs to a batch that has "
-            "overflowed, and the scale never learns that it is too large: skip the step.",
-        ),
-        Misconception(
-            "never shrinks",
-            _NeverShrinks,
-            "The step was skipped, but the scale stayed, so the next batch will overflow as well, and the one after that: "
-            "multiply it by backoff.",
-        ),
-        Misconception(
-            "the count survives a skip",
-            _CountsOn,
-            "The scale grew too soon: good steps from before the overflow were still counted. The interval is of good steps "
-            "in a row, so a skipped step sets the count to zero.",
-        ),
-        Misconception(
-            "grows ever after",
-            _GrowsEverAfter,
-            "After the first interval the scale grew at every step, since the count was never set back. Each growth begins "
-            "a new interval.",
-        ),
+        ClipBeforeUnscale,
+        NeverUnscaled,
+        EachParameterClippedAlone,
+        StepsAnyway,
+        ZerosForInfinities,
+        NeverShrinks,
+        TheCountSurvivesASkip,
+        GrowsEverAfter,
     ],
 )
 

@@ -25,35 +25,50 @@ def _first_63(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
 
 
-def _python_hash(seed: int, *purpose: str | int) -> int:
+def the_salted_hash(seed: int, *purpose: str | int) -> int:
+    """hash() of a text is salted anew in every process, so tomorrow's run gets other seeds. SHA-256 is the
+    same everywhere."""
     return hash((seed, *purpose)) % 2**63
 
 
-def _glued(seed: int, *purpose: str | int) -> int:
+def glued_together(seed: int, *purpose: str | int) -> int:
+    """Without marks between the parts, ("ab", "c") and ("a", "bc") are the same text, and so are rank 11 of
+    layer 2 and rank 1 of layer 12. json.dumps of the list keeps them apart."""
     return _first_63("".join(map(str, (seed, *purpose))).encode())
 
 
-def _with_slashes(seed: int, *purpose: str | int) -> int:
+def joined_with_slashes(seed: int, *purpose: str | int) -> int:
+    """Joined like a path, ("a/b",) and ("a", "b") are the same text, and the number 1 is the text "1".
+    json.dumps of the list keeps them apart."""
     return _first_63("/".join(map(str, (seed, *purpose))).encode())
 
 
-def _added(seed: int, *purpose: str | int) -> int:
+def added_up(seed: int, *purpose: str | int) -> int:
+    """With sums, run 0 of rank 1 gets the seed of run 1 of rank 0, so runs that should be independent share a
+    stream. Hash the parts together instead."""
     return seed + sum(part if isinstance(part, int) else zlib.crc32(part.encode()) for part in purpose)
 
 
-def _without_the_seed(seed: int, *purpose: str | int) -> int:
+def without_the_seed(seed: int, *purpose: str | int) -> int:
+    """The run's seed is not part of what you hash, so every run gets the same streams."""
     return _first_63(json.dumps(purpose).encode())
 
 
-def _sorted_parts(seed: int, *purpose: str | int) -> int:
+def sorted_parts(seed: int, *purpose: str | int) -> int:
+    """You put the parts of the purpose in order, so (1, 2) and (2, 1) share a stream: rank 1 of layer 2 is
+    not rank 2 of layer 1."""
     return _first_63(json.dumps([seed, *sorted(purpose, key=str)]).encode())
 
 
-def _little_end(seed: int, *purpose: str | int) -> int:
+def least_significant_byte_first(seed: int, *purpose: str | int) -> int:
+    """A sound seed, but not the one that everybody else gets: read the 8 bytes with the most significant
+    first, "big"."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()[:8], "little") >> 1
 
 
-def _all_64(seed: int, *purpose: str | int) -> int:
+def all_64_bits(seed: int, *purpose: str | int) -> int:
+    """Half of these seeds are above 2**63 - 1 and fit into no int64, which is what checkpoints and tensors
+    hold. Shift the lowest bit out."""
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *purpose]).encode()).digest()[:8], "big")
 
 
@@ -107,53 +122,14 @@ BUILD = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "Python's hash",
-            _python_hash,
-            "hash() of a text is salted anew in every process, so tomorrow's run gets other seeds. SHA-256 is the "
-            "same everywhere.",
-        ),
-        Misconception(
-            "glued together",
-            _glued,
-            'Without marks between the parts, ("ab", "c") and ("a", "bc") are the same text, and so are rank 11 '
-            "of layer 2 and rank 1 of layer 12. json.dumps of the list keeps them apart.",
-        ),
-        Misconception(
-            "joined with slashes",
-            _with_slashes,
-            'Joined like a path, ("a/b",) and ("a", "b") are the same text, and the number 1 is the text "1". '
-            "json.dumps of the list keeps them apart.",
-        ),
-        Misconception(
-            "added up",
-            _added,
-            "With sums, run 0 of rank 1 gets the seed of run 1 of rank 0, so runs that should be independent share "
-            "a stream. Hash the parts together instead.",
-        ),
-        Misconception(
-            "without the seed",
-            _without_the_seed,
-            "The run's seed is not part of what you hash, so every run gets the same streams.",
-        ),
-        Misconception(
-            "sorted parts",
-            _sorted_parts,
-            "You put the parts of the purpose in order, so (1, 2) and (2, 1) share a stream: rank 1 of layer 2 is "
-            "not rank 2 of layer 1.",
-        ),
-        Misconception(
-            "least significant byte first",
-            _little_end,
-            "A sound seed, but not the one that everybody else gets: read the 8 bytes with the most significant "
-            'first, "big".',
-        ),
-        Misconception(
-            "all 64 bits",
-            _all_64,
-            "Half of these seeds are above 2**63 - 1 and fit into no int64, which is what checkpoints and tensors "
-            "hold. Shift the lowest bit out.",
-        ),
+        the_salted_hash,
+        glued_together,
+        joined_with_slashes,
+        added_up,
+        without_the_seed,
+        sorted_parts,
+        least_significant_byte_first,
+        all_64_bits,
     ],
 )
 
@@ -178,40 +154,54 @@ def _by(text_of: Callable[[str], str], names: list[str], val_fraction: float) ->
     return train, val
 
 
-def _sorted(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def sorted_by_hash_then_cut(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """This is the given code: the cut is at a position, which depends on all the other names, the scenes of a
+    play are scattered, and the caller's own list is sorted. Let each name decide for itself."""
     names.sort(key=lambda name: hashlib.sha256(f"{salt}/{name}".encode()).digest())
     cut = round(len(names) * val_fraction)
     return names[cut:], names[:cut]
 
 
-def _shuffled_plays(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def whole_plays_shuffled_then_cut(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """The scenes of a play stay together now, but a play's place in the shuffled list still depends on which
+    others there are. Add one, and old ones move. Hash the play's name instead."""
     plays = sorted({name.split("/")[0] for name in names})
     random.Random(salt).shuffle(plays)
     held = plays[: round(len(plays) * val_fraction)]
     return [n for n in names if n.split("/")[0] not in held], [n for n in names if n.split("/")[0] in held]
 
 
-def _whole_name(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def the_whole_name_is_hashed(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """Each scene decides for itself, so a play ends up on both sides. Hash what the scenes of a play share:
+    the part before the first slash."""
     return _by(lambda name: f"{salt}/{name}", names, val_fraction)
 
 
-def _hash_of_python(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def a_hash_that_is_salted_anew(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """hash() of a text is salted anew in every process: the same play is on another side tomorrow, and the
+    model has trained on it by then. Use hashlib."""
     held = [hash((salt, name.split("/")[0])) % 2**32 < val_fraction * 2**32 for name in names]
     return [n for n, h in zip(names, held, strict=True) if not h], [
         n for n, h in zip(names, held, strict=True) if h
     ]
 
 
-def _fraction_in_the_hash(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def the_fraction_is_in_the_hash(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """With the fraction as a part of the text, every fraction draws a new split, and plays come back from
+    validation into training when it grows. Only the comparison may know the fraction."""
     return _by(lambda name: f"{salt}/{val_fraction}/{name.split('/')[0]}", names, val_fraction)
 
 
-def _sides_swapped(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def sides_swapped(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """Training and validation have changed places: what hashes below the fraction is held out, and the
+    training names come first."""
     train, val = split_scenes(names, val_fraction, salt)
     return val, train
 
 
-def _top_end(names: list[str], val_fraction: float, salt: str = "") -> Split:
+def the_top_end_is_held_out(names: list[str], val_fraction: float, salt: str = "") -> Split:
+    """You hold out what hashes above 1 − fraction. That is a sound split, but another one than everybody
+    else's: hold out what lies below the fraction."""
     val, train = split_scenes(names, 1 - val_fraction, salt)
     return train, val
 
@@ -319,54 +309,19 @@ DEBUG = Exercise(
         Probe("nothing to split", lambda f: f([], 0.5), equals()),
     ],
     misconceptions=[
-        Misconception(
-            "sorted by hash, then cut",
-            _sorted,
-            "This is the given code: the cut is at a position, which depends on all the other names, the scenes of "
-            "a play are scattered, and the caller's own list is sorted. Let each name decide for itself.",
-        ),
+        sorted_by_hash_then_cut,
         Misconception(
             "a sorted copy, then cut",
-            lambda names, val_fraction, salt="": _sorted(list(names), val_fraction, salt),
+            lambda names, val_fraction, salt="": sorted_by_hash_then_cut(list(names), val_fraction, salt),
             "The caller's list is safe now, but the scenes of a play are still on both sides, and the cut is still "
             "at a position. Hash the play's name, and compare that with the fraction.",
         ),
-        Misconception(
-            "whole plays, shuffled, then cut",
-            _shuffled_plays,
-            "The scenes of a play stay together now, but a play's place in the shuffled list still depends on which "
-            "others there are. Add one, and old ones move. Hash the play's name instead.",
-        ),
-        Misconception(
-            "the whole name is hashed",
-            _whole_name,
-            "Each scene decides for itself, so a play ends up on both sides. Hash what the scenes of a play share: "
-            "the part before the first slash.",
-        ),
-        Misconception(
-            "Python's hash",
-            _hash_of_python,
-            "hash() of a text is salted anew in every process: the same play is on another side tomorrow, and the "
-            "model has trained on it by then. Use hashlib.",
-        ),
-        Misconception(
-            "the fraction is in the hash",
-            _fraction_in_the_hash,
-            "With the fraction as a part of the text, every fraction draws a new split, and plays come back from "
-            "validation into training when it grows. Only the comparison may know the fraction.",
-        ),
-        Misconception(
-            "sides swapped",
-            _sides_swapped,
-            "Training and validation have changed places: what hashes below the fraction is held out, and the "
-            "training names come first.",
-        ),
-        Misconception(
-            "the top end is held out",
-            _top_end,
-            "You hold out what hashes above 1 − fraction. That is a sound split, but another one than everybody "
-            "else's: hold out what lies below the fraction.",
-        ),
+        whole_plays_shuffled_then_cut,
+        the_whole_name_is_hashed,
+        a_hash_that_is_salted_anew,
+        the_fraction_is_in_the_hash,
+        sides_swapped,
+        the_top_end_is_held_out,
     ],
 )
 
@@ -408,17 +363,26 @@ class ShuffledSampler:
         return order[self.rank : usable : self.world_size].tolist()
 
 
-class _EveryEpochAlike(ShuffledSampler):
+class EveryEpochAlike(ShuffledSampler):
+    """The order does not depend on the epoch, so the model meets the same neighbors in the same order again
+    and again. The epoch belongs to the purpose: generator_for(seed, "order", epoch)."""
+
     def _order(self) -> Tensor:
         return torch.randperm(self.n, generator=generator_for(self.seed, "order", 0))
 
 
-class _OrderOfTheRank(ShuffledSampler):
+class AnOrderForEachRank(ShuffledSampler):
+    """Each rank shuffles differently and takes its places from its own order, so some numbers go to two ranks
+    and some to none. All ranks need the same order."""
+
     def _order(self) -> Tensor:
         return torch.randperm(self.n, generator=generator_for(self.seed, "order", self.epoch, self.rank))
 
 
-class _SharedBeforeShuffling(ShuffledSampler):
+class SharedBeforeShuffling(ShuffledSampler):
+    """Each rank shuffles a fixed share, so it never sees the data of the others. Shuffle everything, then
+    share out."""
+
     def _begin(self, epoch: int, position: int) -> None:
         self.epoch, self.position = epoch, position
         mine = self._share(torch.arange(self.n))
@@ -426,27 +390,40 @@ class _SharedBeforeShuffling(ShuffledSampler):
         self.share = [mine[i] for i in order.tolist()]
 
 
-class _EpochForgotten(ShuffledSampler):
+class TheEpochIsForgotten(ShuffledSampler):
+    """Only the position was restored, so the resumed run starts again with the order of epoch 0."""
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._begin(0, state["position"])
 
 
-class _PositionForgotten(ShuffledSampler):
+class ThePositionIsForgotten(ShuffledSampler):
+    """The resumed run starts its epoch from the beginning: some numbers come twice."""
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._begin(state["epoch"], 0)
 
 
-class _OldOrderKept(ShuffledSampler):
+class TheOldOrderIsKept(ShuffledSampler):
+    """Epoch and position were set, but the order in use is still that of the epoch before loading. Make it
+    anew."""
+
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-class _TailKept(ShuffledSampler):
+class TheTailIsKept(ShuffledSampler):
+    """With 11 numbers for 4 ranks, some ranks get three and one gets two. They fall out of step, and in
+    distributed training the longer ones wait for ever. Leave the last n % world_size of the order out."""
+
     def _share(self, order: Tensor) -> list[int]:
         return order[self.rank :: self.world_size].tolist()
 
 
-class _GlobalGenerator(ShuffledSampler):
+class TheGlobalGenerator(ShuffledSampler):
+    """The order is right, but torch.manual_seed returns the global generator and sets it back: dropout and
+    everything else starts over in each epoch. Use a generator of your own."""
+
     def _order(self) -> Tensor:
         return torch.randperm(
             self.n, generator=torch.manual_seed(derive_seed(self.seed, "order", self.epoch))
@@ -611,52 +588,14 @@ EXTEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "every epoch alike",
-            _EveryEpochAlike,
-            "The order does not depend on the epoch, so the model meets the same neighbors in the same order again "
-            'and again. The epoch belongs to the purpose: generator_for(seed, "order", epoch).',
-        ),
-        Misconception(
-            "an order for each rank",
-            _OrderOfTheRank,
-            "Each rank shuffles differently and takes its places from its own order, so some numbers go to two "
-            "ranks and some to none. All ranks need the same order.",
-        ),
-        Misconception(
-            "shared before shuffling",
-            _SharedBeforeShuffling,
-            "Each rank shuffles a fixed share, so it never sees the data of the others. Shuffle everything, then "
-            "share out.",
-        ),
-        Misconception(
-            "the epoch is forgotten",
-            _EpochForgotten,
-            "Only the position was restored, so the resumed run starts again with the order of epoch 0.",
-        ),
-        Misconception(
-            "the position is forgotten",
-            _PositionForgotten,
-            "The resumed run starts its epoch from the beginning: some numbers come twice.",
-        ),
-        Misconception(
-            "the old order is kept",
-            _OldOrderKept,
-            "Epoch and position were set, but the order in use is still that of the epoch before loading. Make it "
-            "anew.",
-        ),
-        Misconception(
-            "the tail is kept",
-            _TailKept,
-            "With 11 numbers for 4 ranks, some ranks get three and one gets two. They fall out of step, and in "
-            "distributed training the longer ones wait for ever. Leave the last n % world_size of the order out.",
-        ),
-        Misconception(
-            "the global generator",
-            _GlobalGenerator,
-            "The order is right, but torch.manual_seed returns the global generator and sets it back: dropout and "
-            "everything else starts over in each epoch. Use a generator of your own.",
-        ),
+        EveryEpochAlike,
+        AnOrderForEachRank,
+        SharedBeforeShuffling,
+        TheEpochIsForgotten,
+        ThePositionIsForgotten,
+        TheOldOrderIsKept,
+        TheTailIsKept,
+        TheGlobalGenerator,
     ],
 )
 

@@ -64,7 +64,8 @@ def _indices(x: Tensor) -> list[tuple[int, ...]]:
     return [tuple(index) for index in torch.ones(x.shape).nonzero().tolist()] if x.ndim else [()]
 
 
-def _all_at_once(f: Function, x: Tensor, h: float = 1e-6) -> Tensor:
+def all_entries_at_once(f: Function, x: Tensor, h: float = 1e-6) -> Tensor:
+    """x + h moves all entries together, which gives the sum of all slopes; move one entry at a time."""
     x = x.detach().double()
     with torch.no_grad():
         return torch.full_like(x, (f(x + h) - f(x - h)).item() / (2 * h))
@@ -176,11 +177,7 @@ A = Exercise(
             ".double() and .detach() copy nothing when x already is float64, so you changed the caller's tensor: "
             "clone it.",
         ),
-        Misconception(
-            "all entries at once",
-            _all_at_once,
-            "x + h moves all entries together, which gives the sum of all slopes; move one entry at a time.",
-        ),
+        all_entries_at_once,
         Misconception(
             "a reshape that copied",
             _slopes(by_reshape=True),
@@ -494,41 +491,55 @@ def masked_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.any(dim=-1), entropy, torch.zeros_like(entropy))
 
 
-def _mask_afterwards(logits: Tensor, mask: Tensor) -> Tensor:
+def masked_after_the_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """The softmax was taken over all entries, so what is not allowed keeps its share and the rest does not
+    sum to 1: mask the logits."""
     log_p = logits.log_softmax(dim=-1)
     return -(log_p.exp() * log_p).masked_fill(~mask, 0.0).sum(dim=-1)
 
 
-def _where_afterwards(logits: Tensor, mask: Tensor) -> Tensor:
+def where_comes_afterwards(logits: Tensor, mask: Tensor) -> Tensor:
+    """The values are right, and the gradient is NaN: p · ln p was computed where p is 0, and where's gradient
+    of 0 times infinity is NaN. Make the input harmless, then take the logarithm."""
     p = logits.masked_fill(~mask, -math.inf).softmax(dim=-1)
     return -torch.where(p > 0, p * p.log(), torch.zeros_like(p)).sum(dim=-1)
 
 
-def _nan_to_num(logits: Tensor, mask: Tensor) -> Tensor:
+def mended_by_nan_to_num(logits: Tensor, mask: Tensor) -> Tensor:
+    """nan_to_num mends the value; its gradient of 0 then meets −∞ on the way back, and is NaN again. Fill
+    with a finite number, so that there is nothing to mend."""
     log_p = logits.masked_fill(~mask, -math.inf).log_softmax(dim=-1)
     return -(log_p.exp() * log_p).nan_to_num().sum(dim=-1)
 
 
-def _multiplied(logits: Tensor, mask: Tensor) -> Tensor:
+def the_mask_multiplied_in(logits: Tensor, mask: Tensor) -> Tensor:
+    """Times the mask, a logit becomes 0, and e^0 is 1: not allowed, and yet as likely as others. Put a large
+    negative number there."""
     log_p = (logits * mask).log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def _added(logits: Tensor, mask: Tensor) -> Tensor:
+def added_instead_of_replaced(logits: Tensor, mask: Tensor) -> Tensor:
+    """You subtracted a large number from what is not allowed: a NaN or an infinity that stood there is still
+    there. Replace it, with masked_fill."""
     log_p = (logits - 1e9 * ~mask).log_softmax(dim=-1)
     return (-(log_p.exp() * log_p).sum(dim=-1)).masked_fill(~mask.any(dim=-1), 0.0)
 
 
-def _sign(logits: Tensor, mask: Tensor) -> Tensor:
+def the_sign(logits: Tensor, mask: Tensor) -> Tensor:
+    """The sum of p ln p is negative; an entropy is minus that."""
     return -masked_entropy(logits, mask)
 
 
-def _empty_rows(logits: Tensor, mask: Tensor) -> Tensor:
+def empty_rows_are_uniform(logits: Tensor, mask: Tensor) -> Tensor:
+    """A row in which nothing is allowed is a row of equal numbers, and its entropy came out as ln V; set it
+    to 0 at the end."""
     log_p = logits.masked_fill(~mask, -1e9).log_softmax(dim=-1)
     return -(log_p.exp() * log_p).sum(dim=-1)
 
 
-def _bits(logits: Tensor, mask: Tensor) -> Tensor:
+def bits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Your numbers are the right ones divided by ln 2: that is bits, and nats were asked for."""
     return masked_entropy(logits, mask) / math.log(2)
 
 
@@ -647,52 +658,14 @@ C = Exercise(
         Probe("float64", lambda f: _gradient(f, _random(4)[0].double(), _random(4)[1]), same_shape),
     ],
     misconceptions=[
-        Misconception(
-            "masked after the softmax",
-            _mask_afterwards,
-            "The softmax was taken over all entries, so what is not allowed keeps its share and the rest does not "
-            "sum to 1: mask the logits.",
-        ),
-        Misconception(
-            "where comes afterwards",
-            _where_afterwards,
-            "The values are right, and the gradient is NaN: p · ln p was computed where p is 0, and where's gradient "
-            "of 0 times infinity is NaN. Make the input harmless, then take the logarithm.",
-        ),
-        Misconception(
-            "nan_to_num",
-            _nan_to_num,
-            "nan_to_num mends the value; its gradient of 0 then meets −∞ on the way back, and is NaN again. Fill with "
-            "a finite number, so that there is nothing to mend.",
-        ),
-        Misconception(
-            "the mask multiplied in",
-            _multiplied,
-            "Times the mask, a logit becomes 0, and e^0 is 1: not allowed, and yet as likely as others. Put a large "
-            "negative number there.",
-        ),
-        Misconception(
-            "added instead of replaced",
-            _added,
-            "You subtracted a large number from what is not allowed: a NaN or an infinity that stood there is still "
-            "there. Replace it, with masked_fill.",
-        ),
-        Misconception(
-            "the sign",
-            _sign,
-            "The sum of p ln p is negative; an entropy is minus that.",
-        ),
-        Misconception(
-            "empty rows are uniform",
-            _empty_rows,
-            "A row in which nothing is allowed is a row of equal numbers, and its entropy came out as ln V; set it to "
-            "0 at the end.",
-        ),
-        Misconception(
-            "bits",
-            _bits,
-            "Your numbers are the right ones divided by ln 2: that is bits, and nats were asked for.",
-        ),
+        masked_after_the_softmax,
+        where_comes_afterwards,
+        mended_by_nan_to_num,
+        the_mask_multiplied_in,
+        added_instead_of_replaced,
+        the_sign,
+        empty_rows_are_uniform,
+        bits,
     ],
 )
 

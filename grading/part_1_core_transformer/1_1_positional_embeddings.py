@@ -46,12 +46,16 @@ def _right(d_model: int, base: float) -> Tensor:
     return base ** (-torch.arange(0, d_model, 2) / d_model)
 
 
-def _concatenated(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
+def all_sines_then_all_cosines(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
+    """The hands are right, but the columns are concatenated where this table interleaves them. Both layouts
+    work in a model trained with them; a checkpoint trained with one cannot read the other."""
     table = sinusoidal_table(max_seq_len, d_model, base)
     return torch.cat([table[:, 0::2], table[:, 1::2]], dim=-1)
 
 
-def _each_column_its_own(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
+def a_frequency_for_every_column(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
+    """The exponent grew with every column, so a sine and the cosine beside it turn at different speeds. The
+    formula gives columns 2i and 2i+1 the same frequency: count pairs, not columns."""
     if d_model % 2:
         raise ValueError
     angle = torch.arange(max_seq_len)[:, None] * base ** (-torch.arange(d_model) / d_model)
@@ -60,7 +64,9 @@ def _each_column_its_own(max_seq_len: int, d_model: int, base: float = 10_000.0)
     return angle
 
 
-def _odd_allowed(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
+def an_odd_width_slips_through(max_seq_len: int, d_model: int, base: float = 10_000.0) -> Tensor:
+    """With an odd d_model the last sine has no cosine, and a shift is no longer a rotation. Raise a
+    ValueError instead of building such a table."""
     angle = torch.arange(max_seq_len)[:, None] * _right(d_model, base)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :d_model]
 
@@ -94,18 +100,8 @@ TABLE = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "all sines, then all cosines",
-            _concatenated,
-            "The hands are right, but the columns are concatenated where this table interleaves them. Both "
-            "layouts work in a model trained with them; a checkpoint trained with one cannot read the other.",
-        ),
-        Misconception(
-            "a frequency for every column",
-            _each_column_its_own,
-            "The exponent grew with every column, so a sine and the cosine beside it turn at different "
-            "speeds. The formula gives columns 2i and 2i+1 the same frequency: count pairs, not columns.",
-        ),
+        all_sines_then_all_cosines,
+        a_frequency_for_every_column,
         Misconception(
             "the 2 in the exponent is lost",
             _table(lambda D, base: base ** (-torch.arange(D // 2) / D)),
@@ -134,12 +130,7 @@ TABLE = Exercise(
             "The minus sign of the exponent is missing: later hands turn thousands of radians per token, and "
             "what is left of that after whole turns looks random.",
         ),
-        Misconception(
-            "an odd width slips through",
-            _odd_allowed,
-            "With an odd d_model the last sine has no cosine, and a shift is no longer a rotation. Raise a "
-            "ValueError instead of building such a table.",
-        ),
+        an_odd_width_slips_through,
     ],
 )
 
@@ -329,7 +320,9 @@ def _angles(k: int, d_model: int, base: float) -> Tensor:
 _shift_matrix = _shift_with(_clockwise, _angles)
 
 
-def _halves(k: int, d_model: int, base: float = 10_000.0) -> Tensor:
+def pairs_half_a_row_apart(k: int, d_model: int, base: float = 10_000.0) -> Tensor:
+    """You paired column i with column i + D/2, which suits a table with all sines first. In our table the
+    partners are neighbors, 2i and 2i+1, so the blocks stand on the diagonal."""
     cosine, sine = torch.diag(_angles(k, d_model, base).cos()), torch.diag(_angles(k, d_model, base).sin())
     return torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)], 0)
 
@@ -375,12 +368,7 @@ SHIFT = Exercise(
             "Your matrix takes position p to p − k. It is the textbook rotation for (cosine, sine); our pairs "
             "are (sine, cosine), which moves the minus sign to the other corner.",
         ),
-        Misconception(
-            "pairs half a row apart",
-            _halves,
-            "You paired column i with column i + D/2, which suits a table with all sines first. In our table "
-            "the partners are neighbors, 2i and 2i+1, so the blocks stand on the diagonal.",
-        ),
+        pairs_half_a_row_apart,
         Misconception(
             "the shift is ignored",
             _shift_with(_clockwise, lambda k, D, base: _right(D, base)),

@@ -291,31 +291,43 @@ def _decoder_mask(real: Tensor, n_queries: int) -> Tensor:
     return causal_mask(n_queries, real.shape[1]) & real[:, None, None, :]
 
 
-def _no_offset(real: Tensor, n_queries: int) -> Tensor:
+def the_triangle_starts_at_the_first_key(real: Tensor, n_queries: int) -> Tensor:
+    """Your triangle puts query 0 at position 0. The queries are the last n_queries of the positions, so query
+    i stands at K − n_queries + i and sees all keys up to there."""
     n_keys = real.shape[1]
     if n_queries > n_keys:
         raise ValueError
     return torch.ones(n_queries, n_keys, dtype=torch.bool).tril() & real[:, None, None, :]
 
 
-def _either(real: Tensor, n_queries: int) -> Tensor:
+def or_instead_of_and(real: Tensor, n_queries: int) -> Tensor:
+    """You joined the two masks with |, so a key is allowed when one condition holds. A key must be in the
+    past and be real: with True = may attend, masks meet with &."""
     return causal_mask(n_queries, real.shape[1]) | real[:, None, None, :]
 
 
-def _padded_queries_too(real: Tensor, n_queries: int) -> Tensor:
+def padded_queries_emptied(real: Tensor, n_queries: int) -> Tensor:
+    """You also closed the rows of padded queries. Nobody reads these rows, and every closed row is one over
+    which a plain softmax gives NaN. The formula asks only about the key."""
     return _decoder_mask(real, n_queries) & real[:, None, real.shape[1] - n_queries :, None]
 
 
-def _queries_instead(real: Tensor, n_queries: int) -> Tensor:
+def queries_masked_not_keys(real: Tensor, n_queries: int) -> Tensor:
+    """You laid the padding along the rows: padded queries see nothing, and everyone still attends to padded
+    keys. It belongs on the last dimension, the keys."""
     causal = causal_mask(n_queries, real.shape[1])
     return causal & real[:, None, real.shape[1] - n_queries :, None]
 
 
-def _no_head_dimension(real: Tensor, n_queries: int) -> Tensor:
+def no_dimension_for_the_heads(real: Tensor, n_queries: int) -> Tensor:
+    """The mask is (B, Q, K). Against scores (B, H, Q, K) it would be lined up with the heads: put a 1 in
+    their place."""
     return causal_mask(n_queries, real.shape[1]) & real[:, None, :]
 
 
-def _too_many_allowed(real: Tensor, n_queries: int) -> Tensor:
+def too_many_queries_slip_through(real: Tensor, n_queries: int) -> Tensor:
+    """With more queries than keys the first query stands at a negative position and sees nothing, silently.
+    Raise a ValueError."""
     n_keys = real.shape[1]
     query = torch.arange(n_keys - n_queries, n_keys)[:, None]
     return (torch.arange(n_keys) <= query) & real[:, None, None, :]
@@ -379,48 +391,18 @@ MASK = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "or instead of and",
-            _either,
-            "You joined the two masks with |, so a key is allowed when one condition holds. A key must be in "
-            "the past and be real: with True = may attend, masks meet with &.",
-        ),
-        Misconception(
-            "the triangle starts at the first key",
-            _no_offset,
-            "Your triangle puts query 0 at position 0. The queries are the last n_queries of the positions, "
-            "so query i stands at K − n_queries + i and sees all keys up to there.",
-        ),
-        Misconception(
-            "queries masked, not keys",
-            _queries_instead,
-            "You laid the padding along the rows: padded queries see nothing, and everyone still attends to "
-            "padded keys. It belongs on the last dimension, the keys.",
-        ),
-        Misconception(
-            "padded queries emptied",
-            _padded_queries_too,
-            "You also closed the rows of padded queries. Nobody reads these rows, and every closed row is one "
-            "over which a plain softmax gives NaN. The formula asks only about the key.",
-        ),
-        Misconception(
-            "no dimension for the heads",
-            _no_head_dimension,
-            "The mask is (B, Q, K). Against scores (B, H, Q, K) it would be lined up with the heads: put a 1 "
-            "in their place.",
-        ),
+        or_instead_of_and,
+        the_triangle_starts_at_the_first_key,
+        queries_masked_not_keys,
+        padded_queries_emptied,
+        no_dimension_for_the_heads,
         Misconception(
             "True = blocked",
             lambda real, n_queries: ~_decoder_mask(real, n_queries),
             "This is the opposite mask. In this course, as in torch's attention function, True means may "
             "attend.",
         ),
-        Misconception(
-            "too many queries slip through",
-            _too_many_allowed,
-            "With more queries than keys the first query stands at a negative position and sees nothing, "
-            "silently. Raise a ValueError.",
-        ),
+        too_many_queries_slip_through,
     ],
 )
 

@@ -258,36 +258,49 @@ def _past(T: int) -> Tensor:
     return torch.tril(torch.ones(T, T))
 
 
-def _given(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def both_bugs_still_there(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """These are the numbers of the code as it came: the future has the score 0, which still gets weight after
+    the softmax, and the scale is that of the wrong width."""
     scores = _products(x @ w_q, x @ w_k) / math.sqrt(x.shape[-1])
     return (scores * _past(x.shape[1]).to(x)).softmax(dim=-1) @ (x @ w_v)
 
 
-def _only_scale_mended(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def the_mask_still_multiplies(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """The scale is mended. The future still has a score of 0, and e⁰ = 1 is not nothing: it needs −inf."""
     return (_scores(x @ w_q, x @ w_k) * _past(x.shape[1]).to(x)).softmax(dim=-1) @ (x @ w_v)
 
 
-def _only_mask_mended(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def the_scale_of_the_whole_width(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """The future is hidden now. One bug is left: a score is a sum of d_head products, and the code divides by
+    the root of the width of x."""
     scores = _products(x @ w_q, x @ w_k) / math.sqrt(x.shape[-1])
     return _masked_softmax(scores, causal_mask(x.shape[1])) @ (x @ w_v)
 
 
-def _zeroed_weights(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def masked_after_the_softmax(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """You set the weights of the future to zero after the softmax: the rest of the row no longer sums to 1,
+    and the future still sat in the sum that it was divided by. Mask the scores."""
     weights = _scores(x @ w_q, x @ w_k).softmax(dim=-1)
     return (weights * _past(x.shape[1]).to(x)) @ (x @ w_v)
 
 
-def _strictly_past(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def a_token_may_not_see_itself(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """Your triangle leaves out the diagonal, so token 0 may see nothing and its softmax is 0/0. A token sees
+    the past and itself."""
     mask = _past(x.shape[1]).tril(-1).bool()
     return _masked_softmax(_scores(x @ w_q, x @ w_k), mask) @ (x @ w_v)
 
 
-def _sees_only_future(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def the_other_triangle(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """You kept the upper triangle: every token sees itself and what follows. The lower triangle has the
+    past."""
     mask = _past(x.shape[1]).T.bool()
     return _masked_softmax(_scores(x @ w_q, x @ w_k), mask) @ (x @ w_v)
 
 
-def _columns(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+def softmax_over_the_queries(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor) -> Tensor:
+    """The softmax ran down the columns, so a row's weights depend on the queries that come later. It goes
+    over the keys, dim=-1."""
     scores = _scores(x @ w_q, x @ w_k).masked_fill(~causal_mask(x.shape[1]), MINUS_INFINITY)
     return scores.softmax(dim=-2) @ (x @ w_v)
 
@@ -331,47 +344,13 @@ DEBUG = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "both bugs still there",
-            _given,
-            "These are the numbers of the code as it came: the future has the score 0, which still gets weight "
-            "after the softmax, and the scale is that of the wrong width.",
-        ),
-        Misconception(
-            "the mask still multiplies",
-            _only_scale_mended,
-            "The scale is mended. The future still has a score of 0, and e⁰ = 1 is not nothing: it needs −inf.",
-        ),
-        Misconception(
-            "the scale of d_model",
-            _only_mask_mended,
-            "The future is hidden now. One bug is left: a score is a sum of d_head products, and the code "
-            "divides by the root of the width of x.",
-        ),
-        Misconception(
-            "masked after the softmax",
-            _zeroed_weights,
-            "You set the weights of the future to zero after the softmax: the rest of the row no longer sums "
-            "to 1, and the future still sat in the sum that it was divided by. Mask the scores.",
-        ),
-        Misconception(
-            "a token may not see itself",
-            _strictly_past,
-            "Your triangle leaves out the diagonal, so token 0 may see nothing and its softmax is 0/0. A token "
-            "sees the past and itself.",
-        ),
-        Misconception(
-            "the other triangle",
-            _sees_only_future,
-            "You kept the upper triangle: every token sees itself and what follows. The lower triangle has the "
-            "past.",
-        ),
-        Misconception(
-            "softmax over the queries",
-            _columns,
-            "The softmax ran down the columns, so a row's weights depend on the queries that come later. It "
-            "goes over the keys, dim=-1.",
-        ),
+        both_bugs_still_there,
+        the_mask_still_multiplies,
+        the_scale_of_the_whole_width,
+        masked_after_the_softmax,
+        a_token_may_not_see_itself,
+        the_other_triangle,
+        softmax_over_the_queries,
     ],
 )
 
@@ -398,33 +377,48 @@ class CrossAttentionHead(nn.Module):
         return scaled_dot_product_attention(q, k, v, mask)[0]
 
 
-class _OtherWay(CrossAttentionHead):
+class TheWrongSideAsks(CrossAttentionHead):
+    """The source asked and x answered. The one who wants to know brings the query: q comes from x, k and v
+    from the source."""
+
     def forward(self, x: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         return super().forward(source, x, source_mask)
 
 
-class _SelfAttention(CrossAttentionHead):
+class TheSourceIsNeverRead(CrossAttentionHead):
+    """This is self-attention on x: keys and values must come from the source."""
+
     def forward(self, x: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         return super().forward(x, x, source_mask)
 
 
-class _OwnValues(CrossAttentionHead):
+class ValuesFromTheWrongSide(CrossAttentionHead):
+    """You looked in the source and brought back values of x. What is found by a key and what is handed over
+    belong to the same token: v comes from the source as k does."""
+
     def forward(self, x: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         mask = None if source_mask is None else source_mask[:, None]
         return self._attend(self.q(x), self.k(source), self.v(x), mask)
 
 
-class _NoMask(CrossAttentionHead):
+class TheMaskIsIgnored(CrossAttentionHead):
+    """Padding of the source was attended to: source_mask was not used."""
+
     def forward(self, x: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         return super().forward(x, source)
 
 
-class _PaddingIsTrue(CrossAttentionHead):
+class True_taken_for_padding(CrossAttentionHead):
+    """You hid the real tokens and showed the padding. True means that a token may be attended to."""
+
     def forward(self, x: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         return super().forward(x, source, None if source_mask is None else ~source_mask)
 
 
-class _MasksQueries(CrossAttentionHead):
+class TheMaskOnTheQueries(CrossAttentionHead):
+    """You spread the mask over the rows of the scores, which are the askers. It belongs to the source, the
+    last dimension: (B, S) becomes (B, 1, S)."""
+
     def forward(self, x: Tensor, source: Tensor, source_mask: Tensor | None = None) -> Tensor:
         scores = _scores(self.q(x), self.k(source))
         return _masked_softmax(scores, None if source_mask is None else source_mask[:, :, None]) @ self.v(
@@ -432,13 +426,19 @@ class _MasksQueries(CrossAttentionHead):
         )
 
 
-class _Causal(CrossAttentionHead):
+class CausalAcrossTwoSequences(CrossAttentionHead):
+    """You hid source tokens behind a triangle. Position 3 of x and position 3 of the source have nothing to
+    do with one another: all of the source may be seen."""
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         past = torch.ones(q.shape[-2], k.shape[-2]).tril().bool()
         return super()._attend(q, k, v, past if mask is None else past & mask)
 
 
-class _OverQueries(CrossAttentionHead):
+class SoftmaxOverTheQueries(CrossAttentionHead):
+    """The softmax ran over the askers. Each of them shares out one unit of attention over the source,
+    dim=-1."""
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return _masked_softmax(_scores(q, k), mask, dim=-2) @ v
 
@@ -515,51 +515,14 @@ EXTEND = Exercise(
         Probe("all three projections can learn", _cross_gradients, holds(_unreached)),
     ],
     misconceptions=[
-        Misconception(
-            "the wrong side asks",
-            _OtherWay,
-            "The source asked and x answered. The one who wants to know brings the query: q comes from x, k "
-            "and v from the source.",
-        ),
-        Misconception(
-            "the source is never read",
-            _SelfAttention,
-            "This is self-attention on x: keys and values must come from the source.",
-        ),
-        Misconception(
-            "values from the wrong side",
-            _OwnValues,
-            "You looked in the source and brought back values of x. What is found by a key and what is handed "
-            "over belong to the same token: v comes from the source as k does.",
-        ),
-        Misconception(
-            "the mask is ignored",
-            _NoMask,
-            "Padding of the source was attended to: source_mask was not used.",
-        ),
-        Misconception(
-            "True taken for padding",
-            _PaddingIsTrue,
-            "You hid the real tokens and showed the padding. True means that a token may be attended to.",
-        ),
-        Misconception(
-            "the mask on the queries",
-            _MasksQueries,
-            "You spread the mask over the rows of the scores, which are the askers. It belongs to the source, "
-            "the last dimension: (B, S) becomes (B, 1, S).",
-        ),
-        Misconception(
-            "causal across two sequences",
-            _Causal,
-            "You hid source tokens behind a triangle. Position 3 of x and position 3 of the source have "
-            "nothing to do with one another: all of the source may be seen.",
-        ),
-        Misconception(
-            "softmax over the queries",
-            _OverQueries,
-            "The softmax ran over the askers. Each of them shares out one unit of attention over the source, "
-            "dim=-1.",
-        ),
+        TheWrongSideAsks,
+        TheSourceIsNeverRead,
+        ValuesFromTheWrongSide,
+        TheMaskIsIgnored,
+        True_taken_for_padding,
+        TheMaskOnTheQueries,
+        CausalAcrossTwoSequences,
+        SoftmaxOverTheQueries,
     ],
 )
 

@@ -19,7 +19,7 @@ from tutorial_lib.checks.probes import (
     same_parameters,
     same_shape,
 )
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.core.masks import causal_mask
 from tutorial_lib.core.multihead import MultiHeadAttention, merge_heads, split_heads
 
@@ -37,27 +37,36 @@ def _tiny() -> Tensor:
     return torch.arange(8.0).reshape(1, 2, 4)  # B=1, T=2, D=4
 
 
-def _reshape_only(x: Tensor, n_heads: int) -> Tensor:
+def reshape_without_transpose(x: Tensor, n_heads: int) -> Tensor:
+    """The shape is right, but a plain reshape to (B, H, T, C) hands each head a run of whole tokens; split
+    the channels first, then swap time and heads."""
     B, T, D = x.shape
     return x.reshape(B, n_heads, T, D // n_heads)
 
 
-def _interleaved(x: Tensor, n_heads: int) -> Tensor:
+def interleaved_channels(x: Tensor, n_heads: int) -> Tensor:
+    """Each head took every H-th channel; head h owns the block of channels from h·C to (h+1)·C."""
     B, T, D = x.shape
     return x.reshape(B, T, D // n_heads, n_heads).permute(0, 3, 1, 2)
 
 
-def _no_transpose(x: Tensor, n_heads: int) -> Tensor:
+def heads_left_behind_time(x: Tensor, n_heads: int) -> Tensor:
+    """You cut the channels correctly, but attention works on the last two dimensions: move the heads before
+    time."""
     B, T, D = x.shape
     return x.reshape(B, T, n_heads, D // n_heads)
 
 
-def _width_for_number(x: Tensor, n_heads: int) -> Tensor:
+def width_taken_for_number(x: Tensor, n_heads: int) -> Tensor:
+    """You made D / n_heads heads of n_heads channels; there are n_heads heads, and each has D / n_heads
+    channels."""
     B, T, D = x.shape
     return x.reshape(B, T, D // n_heads, n_heads).transpose(1, 2)
 
 
-def _time_last(x: Tensor, n_heads: int) -> Tensor:
+def time_last(x: Tensor, n_heads: int) -> Tensor:
+    """Each head has its own channels, but time and channels have changed places: the channels stay last, (B,
+    H, T, C)."""
     return split_heads(x, n_heads).transpose(-2, -1)
 
 
@@ -79,35 +88,11 @@ SPLIT = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "reshape without transpose",
-            _reshape_only,
-            "The shape is right, but a plain reshape to (B, H, T, C) hands each head a run of "
-            "whole tokens; split the channels first, then swap time and heads.",
-        ),
-        Misconception(
-            "interleaved channels",
-            _interleaved,
-            "Each head took every H-th channel; head h owns the block of channels from h·C to (h+1)·C.",
-        ),
-        Misconception(
-            "heads left behind time",
-            _no_transpose,
-            "You cut the channels correctly, but attention works on the last two dimensions: "
-            "move the heads before time.",
-        ),
-        Misconception(
-            "width taken for number",
-            _width_for_number,
-            "You made D / n_heads heads of n_heads channels; there are n_heads heads, and each has D / n_heads "
-            "channels.",
-        ),
-        Misconception(
-            "time last",
-            _time_last,
-            "Each head has its own channels, but time and channels have changed places: the channels stay "
-            "last, (B, H, T, C).",
-        ),
+        reshape_without_transpose,
+        interleaved_channels,
+        heads_left_behind_time,
+        width_taken_for_number,
+        time_last,
     ],
 )
 
@@ -144,42 +129,64 @@ class CausalSelfAttention(nn.Module):
         return self.dropout if self.training else 0.0
 
 
-class _MergesByReshape(CausalSelfAttention):
+class MergedWithoutTheTranspose(CausalSelfAttention):
+    """A plain reshape of (B, H, T, C) to (B, T, D) glues heads and times together as they happen to lie in
+    memory, so a token gets pieces of other tokens. Move the heads back behind time first."""
+
     def _merge(self, mixed: Tensor) -> Tensor:
         return mixed.reshape(mixed.shape[0], mixed.shape[2], -1)
 
 
-class _SplitsByReshape(CausalSelfAttention):
+class SplitWithoutTheTranspose(CausalSelfAttention):
+    """Now the split is a plain reshape, and each head gets a run of whole tokens. The split was right as it
+    came; look at the way back."""
+
     def _split(self, part: Tensor) -> Tensor:
-        return _reshape_only(part, self.n_heads)
+        return reshape_without_transpose(part, self.n_heads)
 
 
-class _SplitsAndMergesByReshape(_MergesByReshape):
+class NoTransposeAtAll(MergedWithoutTheTranspose):
+    """Split and merge are each other's inverse now, but what each head takes for time is not time: the heads
+    must be moved before time, and back."""
+
     def _split(self, part: Tensor) -> Tensor:
-        return _reshape_only(part, self.n_heads)
+        return reshape_without_transpose(part, self.n_heads)
 
 
-class _MaskReplacesTriangle(CausalSelfAttention):
+class TheMaskReplacesTheTriangle(CausalSelfAttention):
+    """As soon as there is a mask, nobody is causal any more. A token may be attended to if the mask allows it
+    and it is not in the future: mask & triangle."""
+
     def _allowed(self, T: int, mask: Tensor | None) -> Tensor | None:
         return causal_mask(T) if mask is None else mask
 
 
-class _MaskIgnored(CausalSelfAttention):
+class TheMaskIsIgnored(CausalSelfAttention):
+    """Causal in every case, but the mask that was handed in is never used, so padding is attended to."""
+
     def _allowed(self, T: int, mask: Tensor | None) -> Tensor | None:
         return causal_mask(T)
 
 
-class _EitherIsEnough(CausalSelfAttention):
+class EitherIsEnough(CausalSelfAttention):
+    """You joined mask and triangle with or; a token must be allowed by both."""
+
     def _allowed(self, T: int, mask: Tensor | None) -> Tensor | None:
         return causal_mask(T) if mask is None else causal_mask(T) | mask
 
 
-class _DropoutNeverStops(CausalSelfAttention):
+class DropoutNeverStops(CausalSelfAttention):
+    """The layer still drops weights after .eval(): F.scaled_dot_product_attention does not know the module's
+    mode, so its dropout_p must be 0 unless self.training."""
+
     def _dropout(self) -> float:
         return self.dropout
 
 
-class _DropoutNeverStarts(CausalSelfAttention):
+class DropoutNeverStarts(CausalSelfAttention):
+    """Evaluation is right, but training drops nothing either. dropout_p is self.dropout while self.training
+    holds."""
+
     def _dropout(self) -> float:
         return 0.0
 
@@ -308,52 +315,14 @@ DEBUG = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "merged without the transpose",
-            _MergesByReshape,
-            "A plain reshape of (B, H, T, C) to (B, T, D) glues heads and times together as they happen to lie "
-            "in memory, so a token gets pieces of other tokens. Move the heads back behind time first.",
-        ),
-        Misconception(
-            "split without the transpose",
-            _SplitsByReshape,
-            "Now the split is a plain reshape, and each head gets a run of whole tokens. The split was right as "
-            "it came; look at the way back.",
-        ),
-        Misconception(
-            "no transpose at all",
-            _SplitsAndMergesByReshape,
-            "Split and merge are each other's inverse now, but what each head takes for time is not time: the "
-            "heads must be moved before time, and back.",
-        ),
-        Misconception(
-            "the mask replaces the triangle",
-            _MaskReplacesTriangle,
-            "As soon as there is a mask, nobody is causal any more. A token may be attended to if the mask "
-            "allows it and it is not in the future: mask & triangle.",
-        ),
-        Misconception(
-            "either is enough",
-            _EitherIsEnough,
-            "You joined mask and triangle with or; a token must be allowed by both.",
-        ),
-        Misconception(
-            "the mask is ignored",
-            _MaskIgnored,
-            "Causal in every case, but the mask that was handed in is never used, so padding is attended to.",
-        ),
-        Misconception(
-            "dropout never stops",
-            _DropoutNeverStops,
-            "The layer still drops weights after .eval(): F.scaled_dot_product_attention does not know the "
-            "module's mode, so its dropout_p must be 0 unless self.training.",
-        ),
-        Misconception(
-            "dropout never starts",
-            _DropoutNeverStarts,
-            "Evaluation is right, but training drops nothing either. dropout_p is self.dropout while "
-            "self.training holds.",
-        ),
+        MergedWithoutTheTranspose,
+        SplitWithoutTheTranspose,
+        NoTransposeAtAll,
+        TheMaskReplacesTheTriangle,
+        EitherIsEnough,
+        TheMaskIsIgnored,
+        DropoutNeverStops,
+        DropoutNeverStarts,
     ],
 )
 
@@ -390,38 +359,56 @@ class GroupedQueryAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-class _InTurns(GroupedQueryAttention):
+class GroupsInTurns(GroupedQueryAttention):
+    """Head h took key head h % n_kv_heads. Neighbors share: with 4 heads in 2 groups, heads 0 and 1 use key
+    head 0. repeat lines copies up in turns, repeat_interleave side by side."""
+
     def _share(self, k: Tensor) -> Tensor:
         return k.repeat(1, self.n_heads // self.n_kv_heads, 1, 1)
 
 
-class _ValuesInTurns(GroupedQueryAttention):
+class ValuesInAnotherOrderThanKeys(GroupedQueryAttention):
+    """Keys are shared by neighbors, but values in turns: what is found by a key must be handed over by the
+    value of the same head."""
+
     def _share_values(self, v: Tensor) -> Tensor:
         return v.repeat(1, self.n_heads // self.n_kv_heads, 1, 1)
 
 
-class _FirstForAll(GroupedQueryAttention):
+class TheFirstForAll(GroupedQueryAttention):
+    """Every query head used key head 0, so the others are never read and never learn."""
+
     def _share(self, k: Tensor) -> Tensor:
         return k[:, :1].expand(-1, self.n_heads, -1, -1)
 
 
-class _MeanForAll(GroupedQueryAttention):
+class TheMeanForAll(GroupedQueryAttention):
+    """You averaged the key heads and gave all query heads the same. Each group has a key head of its own."""
+
     def _share(self, k: Tensor) -> Tensor:
         return k.mean(dim=1, keepdim=True).expand(-1, self.n_heads, -1, -1)
 
 
-class _NotCausal(GroupedQueryAttention):
+class TheFutureIsVisible(GroupedQueryAttention):
+    """This layer is causal, like the one of the lesson: pass is_causal=True, or mask with a triangle."""
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
-class _ScaleOfModel(GroupedQueryAttention):
+class TheScaleOfTheWholeWidth(GroupedQueryAttention):
+    """The scores were divided by √d_model. Sharing changes who asks whom, not how long a key is: √C, the
+    width of one head."""
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = (q.shape[1] * q.shape[-1]) ** -0.5
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
-class _SharedMerge(GroupedQueryAttention):
+class MergedByAReshape(GroupedQueryAttention):
+    """The heads were glued together without moving them back behind time, so tokens get pieces of other
+    tokens."""
+
     def forward(self, x: Tensor) -> Tensor:
         q = split_heads(self.q(x), self.n_heads)
         k, v = (split_heads(part, self.n_kv_heads) for part in (self.k(x), self.v(x)))
@@ -505,46 +492,13 @@ EXTEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "groups in turns",
-            _InTurns,
-            "Head h took key head h % n_kv_heads. Neighbors share: with 4 heads in 2 groups, heads 0 and 1 use "
-            "key head 0. repeat lines copies up in turns, repeat_interleave side by side.",
-        ),
-        Misconception(
-            "values in another order than keys",
-            _ValuesInTurns,
-            "Keys are shared by neighbors, but values in turns: what is found by a key must be handed over by "
-            "the value of the same head.",
-        ),
-        Misconception(
-            "the first for all",
-            _FirstForAll,
-            "Every query head used key head 0, so the others are never read and never learn.",
-        ),
-        Misconception(
-            "the mean for all",
-            _MeanForAll,
-            "You averaged the key heads and gave all query heads the same. Each group has a key head of its "
-            "own.",
-        ),
-        Misconception(
-            "the future is visible",
-            _NotCausal,
-            "This layer is causal, like the one of the lesson: pass is_causal=True, or mask with a triangle.",
-        ),
-        Misconception(
-            "the scale of d_model",
-            _ScaleOfModel,
-            "The scores were divided by √d_model. Sharing changes who asks whom, not how long a key is: √C, the "
-            "width of one head.",
-        ),
-        Misconception(
-            "merged without the transpose",
-            _SharedMerge,
-            "The heads were glued together without moving them back behind time, so tokens get pieces of other "
-            "tokens.",
-        ),
+        GroupsInTurns,
+        ValuesInAnotherOrderThanKeys,
+        TheFirstForAll,
+        TheMeanForAll,
+        TheFutureIsVisible,
+        TheScaleOfTheWholeWidth,
+        MergedByAReshape,
     ],
 )
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutorial_lib.checks.probes import equals, fill_by_name, holds, randn, same_parameters, same_shape
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.core.mlp import MLP, gelu_tanh
 
 # ── 1.5.a  GELU, the tanh form ───────────────────────────────────────────────────────────────────────────
@@ -30,31 +30,40 @@ def _far() -> Tensor:
     return torch.tensor([-1e4, -30.0, 30.0, 1e4])
 
 
-def _erf_form(x: Tensor) -> Tensor:
+def the_exact_form(x: Tensor) -> Tensor:
+    """These are the numbers of the exact GELU, x·Φ(x) with erf; GPT-2 was trained with the tanh form, which
+    differs by up to 0.0005."""
     return F.gelu(x)
 
 
-def _no_cube(x: Tensor) -> Tensor:
+def without_the_cube(x: Tensor) -> Tensor:
+    """The tanh got √(2/π)·x alone; the term 0.044715·x³ belongs inside the bracket, too."""
     return 0.5 * x * (1 + torch.tanh(ROOT * x))
 
 
-def _root_over_two(x: Tensor) -> Tensor:
+def square_root_over_the_2_only(x: Tensor) -> Tensor:
+    """The factor is the square root of the whole fraction, √(2/π) ≈ 0.798; you took √2 / π ≈ 0.450."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2) / math.pi * (x + 0.044715 * x**3)))
 
 
-def _sigmoid_form(x: Tensor) -> Tensor:
+def the_sigmoid_form(x: Tensor) -> Tensor:
+    """This is x·σ(1.702·x), a third and coarser approximation of GELU; here the tanh form is wanted."""
     return x * torch.sigmoid(1.702 * x)
 
 
-def _no_half(x: Tensor) -> Tensor:
+def the_half_is_missing(x: Tensor) -> Tensor:
+    """Everything is twice as large as it should be: 1 + tanh runs from 0 to 2, and the factor ½ makes it a
+    gate from 0 to 1."""
     return x * (1 + torch.tanh(_inner(x)))
 
 
-def _only_the_gate(x: Tensor) -> Tensor:
+def only_the_gate(x: Tensor) -> Tensor:
+    """You returned the gate, ½(1 + tanh(…)), which is Φ(x); GELU is x times that gate."""
     return 0.5 * (1 + torch.tanh(_inner(x)))
 
 
-def _no_one(x: Tensor) -> Tensor:
+def the_one_is_missing(x: Tensor) -> Tensor:
+    """Without the 1 the gate runs from −½ to ½, so negative inputs come out positive; it is 1 + tanh(…)."""
     return 0.5 * x * torch.tanh(_inner(x))
 
 
@@ -77,43 +86,13 @@ GELU = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "the exact form",
-            _erf_form,
-            "These are the numbers of the exact GELU, x·Φ(x) with erf; GPT-2 was trained with the tanh form, "
-            "which differs by up to 0.0005.",
-        ),
-        Misconception(
-            "without the cube",
-            _no_cube,
-            "The tanh got √(2/π)·x alone; the term 0.044715·x³ belongs inside the bracket, too.",
-        ),
-        Misconception(
-            "square root over the 2 only",
-            _root_over_two,
-            "The factor is the square root of the whole fraction, √(2/π) ≈ 0.798; you took √2 / π ≈ 0.450.",
-        ),
-        Misconception(
-            "the sigmoid form",
-            _sigmoid_form,
-            "This is x·σ(1.702·x), a third and coarser approximation of GELU; here the tanh form is wanted.",
-        ),
-        Misconception(
-            "the half is missing",
-            _no_half,
-            "Everything is twice as large as it should be: 1 + tanh runs from 0 to 2, and the factor ½ makes "
-            "it a gate from 0 to 1.",
-        ),
-        Misconception(
-            "only the gate",
-            _only_the_gate,
-            "You returned the gate, ½(1 + tanh(…)), which is Φ(x); GELU is x times that gate.",
-        ),
-        Misconception(
-            "the one is missing",
-            _no_one,
-            "Without the 1 the gate runs from −½ to ½, so negative inputs come out positive; it is 1 + tanh(…).",
-        ),
+        the_exact_form,
+        without_the_cube,
+        square_root_over_the_2_only,
+        the_sigmoid_form,
+        the_half_is_missing,
+        only_the_gate,
+        the_one_is_missing,
     ],
 )
 
@@ -126,7 +105,9 @@ class _FeedForward(MLP):
         super().__init__(d_model, d_mlp, activation="relu", bias=bias)
 
 
-class _NotExpanded(_FeedForward):
+class TheExpansionIsForgotten(_FeedForward):
+    """The middle is as wide as the stream: when d_mlp is None it should be 4 · d_model."""
+
     def __init__(self, d_model: int, d_mlp: int | None = None) -> None:
         super().__init__(d_model, d_model if d_mlp is None else d_mlp)
 
@@ -135,35 +116,50 @@ def _bent_after(self: Any, x: Tensor) -> Tensor:
     return F.relu(self.down(self.up(x)))
 
 
-class _AsGiven(_NotExpanded):
+class AsItWasGiven(TheExpansionIsForgotten):
+    """Both bugs are still there: the layer does not expand, and the bend stands after the down projection."""
+
     forward = _bent_after
 
 
-class _BentAfter(_FeedForward):
+class BentAfterTheDownProjection(_FeedForward):
+    """ReLU is the last step, so no output is ever negative; it belongs between up and down."""
+
     forward = _bent_after
 
 
-class _Straight(_FeedForward):
+class NothingBends(_FeedForward):
+    """There is no ReLU left: up and down in a row are one linear map, however wide the middle is."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x))
 
 
-class _BentTwice(_FeedForward):
+class BentTwice(_FeedForward):
+    """The first ReLU is in the right place, but a second one after down cuts off every negative output."""
+
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.down(F.relu(self.up(x))))
 
 
-class _WithGelu(_FeedForward):
+class GELU_instead_of_ReLU(_FeedForward):
+    """The bend is in the right place, but it is GELU; the exercise asks for ReLU."""
+
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
 
 
-class _WithResidual(_FeedForward):
+class TheResidualIsAddedHere(_FeedForward):
+    """You returned x + MLP(x); the block adds the residual, and if the layer does it too, it is there
+    twice."""
+
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.relu(self.up(x)))
 
 
-class _NoBias(_FeedForward):
+class NoBiases(_FeedForward):
+    """The two projections have lost their biases; the equation has b_up and b_down."""
+
     def __init__(self, d_model: int, d_mlp: int | None = None) -> None:
         super().__init__(d_model, d_mlp, bias=False)
 
@@ -245,46 +241,14 @@ MEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "as it was given",
-            _AsGiven,
-            "Both bugs are still there: the layer does not expand, and the bend stands after the down projection.",
-        ),
-        Misconception(
-            "the expansion is forgotten",
-            _NotExpanded,
-            "The middle is as wide as the stream: when d_mlp is None it should be 4 · d_model.",
-        ),
-        Misconception(
-            "bent after the down projection",
-            _BentAfter,
-            "ReLU is the last step, so no output is ever negative; it belongs between up and down.",
-        ),
-        Misconception(
-            "nothing bends",
-            _Straight,
-            "There is no ReLU left: up and down in a row are one linear map, however wide the middle is.",
-        ),
-        Misconception(
-            "bent twice",
-            _BentTwice,
-            "The first ReLU is in the right place, but a second one after down cuts off every negative output.",
-        ),
-        Misconception(
-            "GELU instead of ReLU",
-            _WithGelu,
-            "The bend is in the right place, but it is GELU; the exercise asks for ReLU.",
-        ),
-        Misconception(
-            "the residual is added here",
-            _WithResidual,
-            "You returned x + MLP(x); the block adds the residual, and if the layer does it too, it is there twice.",
-        ),
-        Misconception(
-            "no biases",
-            _NoBias,
-            "The two projections have lost their biases; the equation has b_up and b_down.",
-        ),
+        AsItWasGiven,
+        TheExpansionIsForgotten,
+        BentAfterTheDownProjection,
+        NothingBends,
+        BentTwice,
+        GELU_instead_of_ReLU,
+        TheResidualIsAddedHere,
+        NoBiases,
     ],
 )
 
@@ -312,41 +276,62 @@ class _SwiGLU(nn.Module):
         return self.down(self.mix(self.gate(x), self.up(x)))
 
 
-class _RatioFour(_SwiGLU):
+class ratio_4(_SwiGLU):
+    """You took 4 · d_model; with three matrices instead of two that is half as large again as the plain MLP,
+    and equal cost asks for 8/3 · d_model."""
+
     def width(self, d_model: int, multiple_of: int) -> int:
         return -(-4 * d_model // multiple_of) * multiple_of
 
 
-class _RoundedDown(_SwiGLU):
+class RoundedDown(_SwiGLU):
+    """The width is rounded down to a multiple; the convention is up, so that the layer is never smaller than
+    the one it replaces."""
+
     def width(self, d_model: int, multiple_of: int) -> int:
         return 8 * d_model // (3 * multiple_of) * multiple_of
 
 
-class _OneTooMany(_SwiGLU):
+class OneMultipleTooMany(_SwiGLU):
+    """You round down and add one multiple, which goes wrong when 8/3 · d_model already is a multiple: take
+    the ceiling."""
+
     def width(self, d_model: int, multiple_of: int) -> int:
         return (8 * d_model // (3 * multiple_of) + 1) * multiple_of
 
 
-class _WithBias(_SwiGLU):
+class BiasesLeftOn(_SwiGLU):
+    """The projections have biases, nn.Linear's default; Llama's layer has none, so its weights would leave
+    yours uninitialized."""
+
     bias = True
 
 
-class _Bilinear(_SwiGLU):
+class TheGateIsNotBent(_SwiGLU):
+    """You multiply the two branches, but no SiLU is applied: that is the bilinear variant, x·W_gate ⊙
+    x·W_up."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate * up
 
 
-class _WrongBranch(_SwiGLU):
+class SiLU_on_the_other_branch(_SwiGLU):
+    """SiLU went around up(x); it belongs around gate(x), or pretrained weights do not fit."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate * F.silu(up)
 
 
-class _SigmoidGate(_SwiGLU):
+class SigmoidGate(_SwiGLU):
+    """The gate is a sigmoid, as in the original GLU; SwiGLU's is SiLU, which is gate · sigmoid(gate)."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate.sigmoid() * up
 
 
-class _BentProduct(_SwiGLU):
+class TheProductIsBent(_SwiGLU):
+    """SiLU is applied to the product of the branches; it belongs on the gate alone, before multiplying."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate * up)
 
@@ -411,50 +396,14 @@ SWIGLU = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "ratio 4",
-            _RatioFour,
-            "You took 4 · d_model; with three matrices instead of two that is half as large again as the plain "
-            "MLP, and equal cost asks for 8/3 · d_model.",
-        ),
-        Misconception(
-            "rounded down",
-            _RoundedDown,
-            "The width is rounded down to a multiple; the convention is up, so that the layer is never smaller "
-            "than the one it replaces.",
-        ),
-        Misconception(
-            "one multiple too many",
-            _OneTooMany,
-            "You round down and add one multiple, which goes wrong when 8/3 · d_model already is a multiple: "
-            "take the ceiling.",
-        ),
-        Misconception(
-            "biases left on",
-            _WithBias,
-            "The projections have biases, nn.Linear's default; Llama's layer has none, so its weights would "
-            "leave yours uninitialized.",
-        ),
-        Misconception(
-            "the gate is not bent",
-            _Bilinear,
-            "You multiply the two branches, but no SiLU is applied: that is the bilinear variant, x·W_gate ⊙ x·W_up.",
-        ),
-        Misconception(
-            "SiLU on the other branch",
-            _WrongBranch,
-            "SiLU went around up(x); it belongs around gate(x), or pretrained weights do not fit.",
-        ),
-        Misconception(
-            "sigmoid gate",
-            _SigmoidGate,
-            "The gate is a sigmoid, as in the original GLU; SwiGLU's is SiLU, which is gate · sigmoid(gate).",
-        ),
-        Misconception(
-            "the product is bent",
-            _BentProduct,
-            "SiLU is applied to the product of the branches; it belongs on the gate alone, before multiplying.",
-        ),
+        ratio_4,
+        RoundedDown,
+        OneMultipleTooMany,
+        BiasesLeftOn,
+        TheGateIsNotBent,
+        SiLU_on_the_other_branch,
+        SigmoidGate,
+        TheProductIsBent,
     ],
 )
 

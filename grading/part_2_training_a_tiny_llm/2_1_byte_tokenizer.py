@@ -41,7 +41,10 @@ class _Codec:
         return bytes(ids).decode("utf-8", errors="replace")
 
 
-class _CodePoints(_Codec):
+class CodePointsInsteadOfBytes(_Codec):
+    """These are code points, from ord(); they run to 1,114,111, while UTF-8 writes each as one to four bytes
+    from 0 to 255."""
+
     def encode(self, text: str) -> Any:
         return [ord(c) for c in text]
 
@@ -49,12 +52,18 @@ class _CodePoints(_Codec):
         return "".join(chr(i) for i in ids)
 
 
-class _BytesObject(_Codec):
+class ABytesObject(_Codec):
+    """The numbers are right, but encode returned a bytes object; the model's code wants a list of
+    integers."""
+
     def encode(self, text: str) -> Any:
         return text.encode("utf-8")
 
 
-class _Latin1(_Codec):
+class Latin1_instead_of_UTF8(_Codec):
+    """Latin-1 has one byte for each of 256 characters and a question mark for the rest of the world; UTF-8
+    can write them all."""
+
     def encode(self, text: str) -> Any:
         return list(text.encode("latin-1", errors="replace"))
 
@@ -62,22 +71,32 @@ class _Latin1(_Codec):
         return bytes(ids).decode("latin-1")
 
 
-class _ChrOfBytes(_Codec):
+class EachByteTakenForACharacter(_Codec):
+    """decode made one character of each byte with chr(), so é became Ã©; the bytes of a character belong
+    together."""
+
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(i) for i in ids)
 
 
-class _TokenByToken(_Codec):
+class DecodedTokenByToken(_Codec):
+    """decode looked at each byte alone, and a part of a character is not valid by itself: put all ids into
+    one bytes object first."""
+
     def decode(self, ids: list[int]) -> str:
         return "".join(bytes([i]).decode("utf-8", errors="replace") for i in ids)
 
 
-class _Strict(_Codec):
+class StrictAboutErrors(_Codec):
+    """One bad byte raises UnicodeDecodeError, which would end a whole generation; replace it with U+FFFD."""
+
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8")
 
 
-class _Ignore(_Codec):
+class ErrorsIgnored(_Codec):
+    """Bad bytes vanish without a trace, so nobody sees that something was there; replace them with U+FFFD."""
+
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", errors="ignore")
 
@@ -116,46 +135,13 @@ CODEC = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "code points instead of bytes",
-            _CodePoints,
-            "These are code points, from ord(); they run to 1,114,111, while UTF-8 writes each as one to four "
-            "bytes from 0 to 255.",
-        ),
-        Misconception(
-            "a bytes object",
-            _BytesObject,
-            "The numbers are right, but encode returned a bytes object; the model's code wants a list of "
-            "integers.",
-        ),
-        Misconception(
-            "Latin-1 instead of UTF-8",
-            _Latin1,
-            "Latin-1 has one byte for each of 256 characters and a question mark for the rest of the world; "
-            "UTF-8 can write them all.",
-        ),
-        Misconception(
-            "each byte taken for a character",
-            _ChrOfBytes,
-            "decode made one character of each byte with chr(), so é became Ã©; the bytes of a character "
-            "belong together.",
-        ),
-        Misconception(
-            "decoded token by token",
-            _TokenByToken,
-            "decode looked at each byte alone, and a part of a character is not valid by itself: put all ids "
-            "into one bytes object first.",
-        ),
-        Misconception(
-            "strict about errors",
-            _Strict,
-            "One bad byte raises UnicodeDecodeError, which would end a whole generation; replace it with U+FFFD.",
-        ),
-        Misconception(
-            "errors ignored",
-            _Ignore,
-            "Bad bytes vanish without a trace, so nobody sees that something was there; replace them with U+FFFD.",
-        ),
+        CodePointsInsteadOfBytes,
+        ABytesObject,
+        Latin1_instead_of_UTF8,
+        EachByteTakenForACharacter,
+        DecodedTokenByToken,
+        StrictAboutErrors,
+        ErrorsIgnored,
     ],
 )
 
@@ -165,7 +151,8 @@ CODEC = Exercise(
 Stream = Callable[[Iterable[int]], Iterator[str]]
 
 
-def _as_given(ids: Iterable[int]) -> Iterator[str]:
+def as_it_was_given(ids: Iterable[int]) -> Iterator[str]:
+    """The buffer waits for bytes that will make it valid, and whatever is in it at the end is lost."""
     buffer = b""
     for i in ids:
         buffer += bytes([i])
@@ -177,7 +164,9 @@ def _as_given(ids: Iterable[int]) -> Iterator[str]:
         buffer = b""
 
 
-def _given_with_tail(ids: Iterable[int]) -> Iterator[str]:
+def waits_for_ever_after_a_bad_byte(ids: Iterable[int]) -> Iterator[str]:
+    """The end is shown now, but after a bad byte the buffer can never become valid, so everything that
+    follows waits until the end."""
     buffer = b""
     for i in ids:
         buffer += bytes([i])
@@ -191,7 +180,9 @@ def _given_with_tail(ids: Iterable[int]) -> Iterator[str]:
         yield buffer.decode("utf-8", errors="replace")
 
 
-def _waits_for_four(ids: Iterable[int]) -> Iterator[str]:
+def waits_for_four_bytes(ids: Iterable[int]) -> Iterator[str]:
+    """A character has at most four bytes, but a byte that cannot begin one is wrong at once: up to three good
+    characters after it are shown late, and damage spreads to what follows."""
     buffer = b""
     for i in ids:
         buffer += bytes([i])
@@ -207,12 +198,15 @@ def _waits_for_four(ids: Iterable[int]) -> Iterator[str]:
         yield buffer.decode("utf-8", errors="replace")
 
 
-def _token_by_token(ids: Iterable[int]) -> Iterator[str]:
+def token_by_token(ids: Iterable[int]) -> Iterator[str]:
+    """Each byte is decoded alone, so every character of more than one byte becomes several �: hold the bytes
+    back until the character is complete."""
     for i in ids:
         yield bytes([i]).decode("utf-8", errors="replace")
 
 
-def _all_at_the_end(ids: Iterable[int]) -> Iterator[str]:
+def everything_at_the_end(ids: Iterable[int]) -> Iterator[str]:
+    """The text is right, but it comes in one piece when all ids are there: that is no stream."""
     if text := bytes(ids).decode("utf-8", errors="replace"):
         yield text
 
@@ -296,34 +290,11 @@ STREAM = Exercise(
         Probe("nothing", _pieces([]), equals(), given="[]"),
     ],
     misconceptions=[
-        Misconception(
-            "as it was given",
-            _as_given,
-            "The buffer waits for bytes that will make it valid, and whatever is in it at the end is lost.",
-        ),
-        Misconception(
-            "waits for ever after a bad byte",
-            _given_with_tail,
-            "The end is shown now, but after a bad byte the buffer can never become valid, so everything that "
-            "follows waits until the end.",
-        ),
-        Misconception(
-            "waits for four bytes",
-            _waits_for_four,
-            "A character has at most four bytes, but a byte that cannot begin one is wrong at once: up to three "
-            "good characters after it are shown late, and damage spreads to what follows.",
-        ),
-        Misconception(
-            "token by token",
-            _token_by_token,
-            "Each byte is decoded alone, so every character of more than one byte becomes several �: hold the "
-            "bytes back until the character is complete.",
-        ),
-        Misconception(
-            "everything at the end",
-            _all_at_the_end,
-            "The text is right, but it comes in one piece when all ids are there: that is no stream.",
-        ),
+        as_it_was_given,
+        waits_for_ever_after_a_bad_byte,
+        waits_for_four_bytes,
+        token_by_token,
+        everything_at_the_end,
         Misconception(
             "empty pieces",
             _incremental("replace", flush=True, empties=True),
@@ -377,34 +348,50 @@ def _reference(text: str, specials: Mapping[str, int], allowed: Collection[str] 
     return _walk(text, pattern, specials)
 
 
-def _all_allowed(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def everything_is_allowed(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+    """A special became its id although it is not in `allowed`: anyone who can type can write control
+    tokens."""
     return _walk(text, _escaped(_longest_first(specials)), specials)
 
 
-def _silently_text(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def passed_on_as_text(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+    """A special that is not allowed became plain bytes; that is safe, but the caller wanted to know: raise a
+    ValueError."""
     known = {name: i for name, i in specials.items() if name in allowed}
     return _walk(text, _escaped(_longest_first(known)), known)
 
 
-def _never(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def specials_are_never_found(
+    text: str, specials: Mapping[str, int], allowed: Collection[str] = ()
+) -> list[int]:
+    """Every name became bytes; split the text at the names first, and encode only what lies between."""
     return ByteTokenizer().encode(text)
 
 
-def _unescaped(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def the_pattern_is_not_escaped(
+    text: str, specials: Mapping[str, int], allowed: Collection[str] = ()
+) -> list[int]:
+    """In a regular expression `|` means 'or' and `.` means 'anything', so the pattern does not look for your
+    names: use re.escape."""
     pattern = "|".join(_longest_first(specials))
     _refuse(text, pattern, specials, allowed)
     return _walk(text, pattern, specials)
 
 
-def _in_order(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def names_tried_in_the_order_given(
+    text: str, specials: Mapping[str, int], allowed: Collection[str] = ()
+) -> list[int]:
+    """A short name that is the beginning of a longer one took its place; try the longest names first."""
     pattern = _escaped(specials)
     _refuse(text, pattern, specials, allowed)
     return _walk(text, pattern, specials)
 
 
-def _one_name_after_the_other(
+def one_name_after_the_other(
     text: str, specials: Mapping[str, int], allowed: Collection[str] = ()
 ) -> list[int]:
+    """You search the whole text for one name, then for the next, so a longer name wins over one that begins
+    earlier; search for all of them at once."""
     parts: list[str | int] = [text]
     for name in _longest_first(specials):
         new: list[str | int] = []
@@ -420,7 +407,8 @@ def _one_name_after_the_other(
     return [i for part in parts for i in ([part] if isinstance(part, int) else part.encode("utf-8"))]
 
 
-def _first_only(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def only_the_first_one(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+    """The first special became an id, and the ones after it stayed text: the search must go on."""
     pattern = _escaped(_longest_first(specials))
     _refuse(text, pattern, specials, allowed)
     before, *rest = re.split(f"({pattern})", text, maxsplit=1)
@@ -429,7 +417,8 @@ def _first_only(text: str, specials: Mapping[str, int], allowed: Collection[str]
     return [*before.encode("utf-8"), specials[rest[0]], *rest[1].encode("utf-8")]
 
 
-def _numbered_anew(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+def ids_counted_anew(text: str, specials: Mapping[str, int], allowed: Collection[str] = ()) -> list[int]:
+    """You number the specials from 256 in their order; take each one's id from the dictionary."""
     return _reference(text, {name: 256 + n for n, name in enumerate(specials)}, allowed)
 
 
@@ -522,50 +511,14 @@ SPECIAL = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "everything is allowed",
-            _all_allowed,
-            "A special became its id although it is not in `allowed`: anyone who can type can write control "
-            "tokens.",
-        ),
-        Misconception(
-            "passed on as text",
-            _silently_text,
-            "A special that is not allowed became plain bytes; that is safe, but the caller wanted to know: "
-            "raise a ValueError.",
-        ),
-        Misconception(
-            "specials are never found",
-            _never,
-            "Every name became bytes; split the text at the names first, and encode only what lies between.",
-        ),
-        Misconception(
-            "the pattern is not escaped",
-            _unescaped,
-            "In a regular expression `|` means 'or' and `.` means 'anything', so the pattern does not look for "
-            "your names: use re.escape.",
-        ),
-        Misconception(
-            "names tried in the order given",
-            _in_order,
-            "A short name that is the beginning of a longer one took its place; try the longest names first.",
-        ),
-        Misconception(
-            "one name after the other",
-            _one_name_after_the_other,
-            "You search the whole text for one name, then for the next, so a longer name wins over one that "
-            "begins earlier; search for all of them at once.",
-        ),
-        Misconception(
-            "only the first one",
-            _first_only,
-            "The first special became an id, and the ones after it stayed text: the search must go on.",
-        ),
-        Misconception(
-            "ids counted anew",
-            _numbered_anew,
-            "You number the specials from 256 in their order; take each one's id from the dictionary.",
-        ),
+        everything_is_allowed,
+        passed_on_as_text,
+        specials_are_never_found,
+        the_pattern_is_not_escaped,
+        names_tried_in_the_order_given,
+        one_name_after_the_other,
+        only_the_first_one,
+        ids_counted_anew,
     ],
 )
 

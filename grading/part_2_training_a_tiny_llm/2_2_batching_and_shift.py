@@ -27,50 +27,63 @@ def make_window(tokens: np.ndarray, start: int, seq_len: int) -> Window:
     return window[:-1], window[1:].clone()
 
 
-def _copying(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def labels_are_the_inputs(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """Your labels are the inputs. A model trained on them learns to copy, and its loss goes to zero."""
     inputs, _ = make_window(tokens, start, seq_len)
     return inputs, inputs.clone()
 
 
-def _backwards(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def the_shift_the_other_way(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """Your labels lie before the inputs: the model would be asked for the token that it has just seen. The
+    label of position t is token t + 1."""
     inputs, labels = make_window(tokens, start, seq_len)
     return labels, inputs.clone()
 
 
-def _two_ahead(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def shifted_twice(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """Your labels lie two steps ahead, so the model would learn to skip a token. Shift once."""
     if start < 0 or start + seq_len + 2 > len(tokens):
         raise ValueError("the window does not fit")
     window = torch.from_numpy(tokens[start : start + seq_len + 2].astype(np.int64))
     return window[:-2], window[2:].clone()
 
 
-def _one_short(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def a_window_of_T_tokens(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """You cut out seq_len tokens, and inputs and labels both lost one of them: a window reads seq_len + 1,
+    because the last input needs a label, too."""
     if start < 0 or start + seq_len > len(tokens):
         raise ValueError("the window does not fit")
     window = torch.from_numpy(tokens[start : start + seq_len].astype(np.int64))
     return window[:-1], window[1:].clone()
 
 
-def _small_type(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def the_stored_type(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """You kept the type that the file is stored in. An embedding wants int64, and in uint8 the label -100
+    would become 156: convert the window with .astype(np.int64)."""
     if start < 0 or start + seq_len + 1 > len(tokens):
         raise ValueError("the window does not fit")
     window = torch.from_numpy(tokens[start : start + seq_len + 1].copy())
     return window[:-1], window[1:].clone()
 
 
-def _shared_memory(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def two_views_of_one_memory(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """The numbers are right, but inputs and labels are views of the same memory: -100 written into labels[t]
+    appears in inputs[t + 1]. Clone one of them."""
     if start < 0 or start + seq_len + 1 > len(tokens):
         raise ValueError("the window does not fit")
     window = torch.from_numpy(tokens[start : start + seq_len + 1].astype(np.int64))
     return window[:-1], window[1:]
 
 
-def _no_check(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def slices_that_numpy_shortens(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """You trusted the slice. Past the end numpy returns fewer tokens, and a negative start counts from the
+    end; both give a wrong window without an error. Check start and end first."""
     window = torch.from_numpy(tokens[start : start + seq_len + 1].astype(np.int64))
     return window[:-1], window[1:].clone()
 
 
-def _strict_end(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+def the_last_window_refused(tokens: np.ndarray, start: int, seq_len: int) -> Window:
+    """A window may end exactly at the end of the text: start + seq_len + 1 may equal len(tokens)."""
     if start + seq_len + 1 >= len(tokens):
         raise ValueError("the window does not fit")
     return make_window(tokens, start, seq_len)
@@ -191,27 +204,35 @@ def epoch_batch(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor
     return order[: per_epoch * batch_size].view(per_epoch, batch_size)[step % per_epoch]
 
 
-def _with_replacement(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+def darts_again(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+    """You draw with replacement (randint), so some windows come twice in an epoch and some not at all. Take
+    slices of one permutation."""
     if batch_size > n_windows:
         raise ValueError
     generator = torch.Generator().manual_seed(seed + step)
     return torch.randint(n_windows, (batch_size,), generator=generator)
 
 
-def _in_order(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+def never_shuffled(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+    """Each window comes once, but in the order of the text: neighboring batches are then about the same
+    scene. Slice a permutation."""
     if batch_size > n_windows:
         raise ValueError
     start = step % (n_windows // batch_size) * batch_size
     return torch.arange(start, start + batch_size)
 
 
-def _same_every_epoch(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+def the_same_order_every_epoch(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+    """All epochs have one order, because the seed does not depend on the epoch; the leftover windows would
+    then never be seen."""
     if batch_size > n_windows:
         raise ValueError
     return epoch_batch(step % (n_windows // batch_size), n_windows, batch_size, seed)
 
 
-def _new_order_each_step(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+def a_new_order_in_each_step(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+    """You shuffle anew at every step, so the slices come from different permutations and overlap. The seed
+    must change with the epoch, not with the step."""
     if batch_size > n_windows:
         raise ValueError
     order = torch.randperm(n_windows, generator=torch.Generator().manual_seed(seed + step))
@@ -219,7 +240,9 @@ def _new_order_each_step(step: int, n_windows: int, batch_size: int, seed: int) 
     return order[start : start + batch_size]
 
 
-def _short_last_batch(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+def a_short_last_batch(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+    """Your epochs end with a batch of fewer windows. Here what does not fill a batch is left out: an epoch
+    has n_windows // batch_size batches."""
     if batch_size > n_windows:
         raise ValueError
     per_epoch = -(-n_windows // batch_size)
@@ -228,7 +251,9 @@ def _short_last_batch(step: int, n_windows: int, batch_size: int, seed: int) -> 
     return order[start : start + batch_size]
 
 
-def _global_seed(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+def the_global_generator(step: int, n_windows: int, batch_size: int, seed: int) -> Tensor:
+    """torch.manual_seed resets the generator that dropout and sampling use, too: at every step they would
+    draw the same numbers. Make a torch.Generator of your own."""
     if batch_size > n_windows:
         raise ValueError
     per_epoch = n_windows // batch_size
@@ -309,51 +334,14 @@ EXERCISES = [
             Probe("the ends of the text", _ends, holds(_ends_wrong)),
         ],
         misconceptions=[
-            Misconception(
-                "a window of T tokens",
-                _one_short,
-                "You cut out seq_len tokens, and inputs and labels both lost one of them: a window reads "
-                "seq_len + 1, because the last input needs a label, too.",
-            ),
-            Misconception(
-                "the stored type",
-                _small_type,
-                "You kept the type that the file is stored in. An embedding wants int64, and in uint8 the "
-                "label -100 would become 156: convert the window with .astype(np.int64).",
-            ),
-            Misconception(
-                "labels = inputs",
-                _copying,
-                "Your labels are the inputs. A model trained on them learns to copy, and its loss goes to zero.",
-            ),
-            Misconception(
-                "the shift the other way",
-                _backwards,
-                "Your labels lie before the inputs: the model would be asked for the token that it has just "
-                "seen. The label of position t is token t + 1.",
-            ),
-            Misconception(
-                "shifted twice",
-                _two_ahead,
-                "Your labels lie two steps ahead, so the model would learn to skip a token. Shift once.",
-            ),
-            Misconception(
-                "two views of one memory",
-                _shared_memory,
-                "The numbers are right, but inputs and labels are views of the same memory: -100 written into "
-                "labels[t] appears in inputs[t + 1]. Clone one of them.",
-            ),
-            Misconception(
-                "slices that numpy shortens",
-                _no_check,
-                "You trusted the slice. Past the end numpy returns fewer tokens, and a negative start counts "
-                "from the end; both give a wrong window without an error. Check start and end first.",
-            ),
-            Misconception(
-                "the last window refused",
-                _strict_end,
-                "A window may end exactly at the end of the text: start + seq_len + 1 may equal len(tokens).",
-            ),
+            a_window_of_T_tokens,
+            the_stored_type,
+            labels_are_the_inputs,
+            the_shift_the_other_way,
+            shifted_twice,
+            two_views_of_one_memory,
+            slices_that_numpy_shortens,
+            the_last_window_refused,
         ],
     ),
     Exercise(
@@ -452,42 +440,12 @@ EXERCISES = [
             ),
         ],
         misconceptions=[
-            Misconception(
-                "a short last batch",
-                _short_last_batch,
-                "Your epochs end with a batch of fewer windows. Here what does not fill a batch is left out: "
-                "an epoch has n_windows // batch_size batches.",
-            ),
-            Misconception(
-                "darts again",
-                _with_replacement,
-                "You draw with replacement (randint), so some windows come twice in an epoch and some not at "
-                "all. Take slices of one permutation.",
-            ),
-            Misconception(
-                "a new order in each step",
-                _new_order_each_step,
-                "You shuffle anew at every step, so the slices come from different permutations and overlap. "
-                "The seed must change with the epoch, not with the step.",
-            ),
-            Misconception(
-                "never shuffled",
-                _in_order,
-                "Each window comes once, but in the order of the text: neighboring batches are then about the "
-                "same scene. Slice a permutation.",
-            ),
-            Misconception(
-                "the same order every epoch",
-                _same_every_epoch,
-                "All epochs have one order, because the seed does not depend on the epoch; the leftover windows "
-                "would then never be seen.",
-            ),
-            Misconception(
-                "the global generator",
-                _global_seed,
-                "torch.manual_seed resets the generator that dropout and sampling use, too: at every step they "
-                "would draw the same numbers. Make a torch.Generator of your own.",
-            ),
+            a_short_last_batch,
+            darts_again,
+            a_new_order_in_each_step,
+            never_shuffled,
+            the_same_order_every_epoch,
+            the_global_generator,
         ],
     ),
 ]

@@ -32,37 +32,52 @@ def _picked(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels[:, None])[:, 0]
 
 
-def _naive(logits: Tensor, labels: Tensor) -> Tensor:
+def the_formula_as_it_stands(logits: Tensor, labels: Tensor) -> Tensor:
+    """Your formula is right on paper, but exp(1000) is infinite in fp32, and infinity over infinity is not a
+    number. Subtract each row's largest logit first."""
     return -(_picked(logits.exp(), labels) / logits.exp().sum(-1)).log().mean()
 
 
-def _log_of_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+def the_logarithm_of_a_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """The softmax itself is safe, but its smallest probabilities are rounded to 0, and ln 0 is minus
+    infinity. Stay with logarithms: log-sum-exp minus the label's logit."""
     return -_picked(logits.softmax(-1), labels).log().mean()
 
 
-def _one_maximum(logits: Tensor, labels: Tensor) -> Tensor:
+def one_maximum_for_all_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """You subtract the largest logit of the whole tensor. In a row far below it all exponentials are rounded
+    to zero; each row needs its own maximum."""
     z = logits - logits.max()
     return (z.exp().sum(-1).log() - _picked(z, labels)).mean()
 
 
-def _maximum_not_added(logits: Tensor, labels: Tensor) -> Tensor:
+def the_maximum_not_added_again(logits: Tensor, labels: Tensor) -> Tensor:
+    """You subtracted the maximum inside of the logarithm and did not add it outside, so the loss changes with
+    a shift of the logits and can even be negative."""
     z = logits - logits.amax(-1, keepdim=True)
     return (z.exp().sum(-1).log() - _picked(logits, labels)).mean()
 
 
-def _softmax_twice(logits: Tensor, labels: Tensor) -> Tensor:
+def a_softmax_too_many(logits: Tensor, labels: Tensor) -> Tensor:
+    """You treated probabilities as logits: the softmax was taken twice, and the loss can never come near
+    zero. The formula wants the raw logits."""
     return F.cross_entropy(logits.softmax(-1), labels)
 
 
-def _in_bits(logits: Tensor, labels: Tensor) -> Tensor:
+def bits_instead_of_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """You took the logarithm to base 2. In this course the loss is in nats; bits_per_byte translates."""
     return F.cross_entropy(logits, labels) / math.log(2)
 
 
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
+def sum_instead_of_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """You returned the sum over the rows: divide by how many there are, or the learning rate would have to
+    change with the batch size."""
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
-def _no_minus(logits: Tensor, labels: Tensor) -> Tensor:
+def the_sign(logits: Tensor, labels: Tensor) -> Tensor:
+    """You returned the mean log-probability. Surprise is minus that; training goes downhill, so it would make
+    the data less likely."""
     return -F.cross_entropy(logits, labels)
 
 
@@ -108,40 +123,52 @@ def _some(labels: Tensor) -> None:
         raise ValueError("no label counts")
 
 
-def _over_everything(logits: Tensor, labels: Tensor) -> Tensor:
+def divided_by_all_positions(logits: Tensor, labels: Tensor) -> Tensor:
+    """You divide by B · T, padding included: the more padding, the smaller the loss. Divide by the number of
+    labels that are not -100."""
     _some(labels)
     return _losses(logits, labels)[0].mean()
 
 
-def _mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
+def a_mean_of_means(logits: Tensor, labels: Tensor) -> Tensor:
+    """You average within each sequence and then over the sequences, so one label of a short sequence weighs
+    as much as all labels of a long one. Sum over everything, divide once."""
     _some(labels)
     losses, counts = _losses(logits, labels)
     return (losses.sum(1) / counts.sum(1)).mean()
 
 
-def _padding_as_class_zero(logits: Tensor, labels: Tensor) -> Tensor:
+def padding_as_class_0(logits: Tensor, labels: Tensor) -> Tensor:
+    """You turned -100 into token 0 and then counted it: the model is asked to predict token 0 wherever there
+    is padding. Multiply with the mask, too."""
     _some(labels)
     return F.cross_entropy(logits.transpose(1, 2), labels.clamp(min=0))
 
 
-def _zero_is_padding(logits: Tensor, labels: Tensor) -> Tensor:
+def token_0_thrown_out(logits: Tensor, labels: Tensor) -> Tensor:
+    """Your mask is labels > 0, and token 0 is a token like any other. Compare with -100."""
     _some(labels)
     losses, _ = _losses(logits, labels)
     return (losses * (labels > 0)).sum() / (labels > 0).sum()
 
 
-def _sum_only(logits: Tensor, labels: Tensor) -> Tensor:
+def a_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """You returned the sum. It grows with the batch; divide by how many labels count."""
     _some(labels)
     return _losses(logits, labels)[0].sum()
 
 
-def _per_sequence_count(logits: Tensor, labels: Tensor) -> Tensor:
+def divided_by_the_number_of_sequences(logits: Tensor, labels: Tensor) -> Tensor:
+    """You divided the sum by the number of sequences: long texts then have large losses. Divide by the number
+    of labels that count."""
     _some(labels)
     losses, counts = _losses(logits, labels)
     return losses.sum() / counts.any(1).sum()
 
 
-def _no_error(logits: Tensor, labels: Tensor) -> Tensor:
+def NaN_when_nothing_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """With no label at all you divide zero by zero. A NaN in one batch poisons all weights: raise a
+    ValueError instead."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
 
 
@@ -219,22 +246,30 @@ def _springy(spring: Callable[[Tensor], Tensor]) -> Loss:
     return loss
 
 
-def _padding_springs(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+def padding_in_the_spring(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+    """The loss leaves -100 out, but your spring pulls at the logits of padding, too, and divides by all
+    positions. Both means run over the same positions."""
     ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
     return ce + coef * logits.logsumexp(-1).square().mean()
 
 
-def _over_time(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+def the_sum_over_time(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+    """Your log-sum-exp runs over the time steps (dim 1). Z belongs to one position: sum over the vocabulary,
+    the last dimension."""
     ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
     return ce + coef * logits.logsumexp(1).square().mean()
 
 
-def _logits_squared(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+def the_logits_squared(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+    """You punish large logits. z-loss leaves the differences alone and only pulls at ln Z, the log-sum-exp of
+    a position."""
     counts = labels != IGNORE
     return F.cross_entropy(logits[counts], labels[counts]) + coef * logits[counts].square().mean()
 
 
-def _naive_z(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+def ln_Z_that_overflows(logits: Tensor, labels: Tensor, coef: float = 1e-4) -> Tensor:
+    """You wrote log(sum(exp)) as it stands, and exp(1000) is infinite. The spring is there for logits that
+    drift away, so it must survive them: torch.logsumexp."""
     counts = labels != IGNORE
     logits, labels = logits[counts], labels[counts]
     return F.cross_entropy(logits, labels) + coef * logits.exp().sum(-1).log().square().mean()
@@ -298,53 +333,14 @@ EXERCISES = [
             ),
         ],
         misconceptions=[
-            Misconception(
-                "the formula as it stands",
-                _naive,
-                "Your formula is right on paper, but exp(1000) is infinite in fp32, and infinity over infinity is "
-                "not a number. Subtract each row's largest logit first.",
-            ),
-            Misconception(
-                "the logarithm of a probability",
-                _log_of_softmax,
-                "The softmax itself is safe, but its smallest probabilities are rounded to 0, and ln 0 is minus "
-                "infinity. Stay with logarithms: log-sum-exp minus the label's logit.",
-            ),
-            Misconception(
-                "one maximum for all rows",
-                _one_maximum,
-                "You subtract the largest logit of the whole tensor. In a row far below it all exponentials are "
-                "rounded to zero; each row needs its own maximum.",
-            ),
-            Misconception(
-                "the maximum not added again",
-                _maximum_not_added,
-                "You subtracted the maximum inside of the logarithm and did not add it outside, so the loss "
-                "changes with a shift of the logits and can even be negative.",
-            ),
-            Misconception(
-                "a softmax too many",
-                _softmax_twice,
-                "You treated probabilities as logits: the softmax was taken twice, and the loss can never come "
-                "near zero. The formula wants the raw logits.",
-            ),
-            Misconception(
-                "bits instead of nats",
-                _in_bits,
-                "You took the logarithm to base 2. In this course the loss is in nats; bits_per_byte translates.",
-            ),
-            Misconception(
-                "sum instead of mean",
-                _summed,
-                "You returned the sum over the rows: divide by how many there are, or the learning rate would "
-                "have to change with the batch size.",
-            ),
-            Misconception(
-                "the sign",
-                _no_minus,
-                "You returned the mean log-probability. Surprise is minus that; training goes downhill, so it "
-                "would make the data less likely.",
-            ),
+            the_formula_as_it_stands,
+            the_logarithm_of_a_probability,
+            one_maximum_for_all_rows,
+            the_maximum_not_added_again,
+            a_softmax_too_many,
+            bits_instead_of_nats,
+            sum_instead_of_mean,
+            the_sign,
         ],
     ),
     Exercise(
@@ -374,46 +370,13 @@ EXERCISES = [
             ),
         ],
         misconceptions=[
-            Misconception(
-                "divided by all positions",
-                _over_everything,
-                "You divide by B · T, padding included: the more padding, the smaller the loss. Divide by the "
-                "number of labels that are not -100.",
-            ),
-            Misconception(
-                "a mean of means",
-                _mean_of_means,
-                "You average within each sequence and then over the sequences, so one label of a short "
-                "sequence weighs as much as all labels of a long one. Sum over everything, divide once.",
-            ),
-            Misconception(
-                "padding as class 0",
-                _padding_as_class_zero,
-                "You turned -100 into token 0 and then counted it: the model is asked to predict token 0 "
-                "wherever there is padding. Multiply with the mask, too.",
-            ),
-            Misconception(
-                "token 0 thrown out",
-                _zero_is_padding,
-                "Your mask is labels > 0, and token 0 is a token like any other. Compare with -100.",
-            ),
-            Misconception(
-                "a sum",
-                _sum_only,
-                "You returned the sum. It grows with the batch; divide by how many labels count.",
-            ),
-            Misconception(
-                "divided by the number of sequences",
-                _per_sequence_count,
-                "You divided the sum by the number of sequences: long texts then have large losses. Divide by "
-                "the number of labels that count.",
-            ),
-            Misconception(
-                "NaN when nothing counts",
-                _no_error,
-                "With no label at all you divide zero by zero. A NaN in one batch poisons all weights: "
-                "raise a ValueError instead.",
-            ),
+            divided_by_all_positions,
+            a_mean_of_means,
+            padding_as_class_0,
+            token_0_thrown_out,
+            a_sum,
+            divided_by_the_number_of_sequences,
+            NaN_when_nothing_counts,
         ],
     ),
     Exercise(
@@ -469,36 +432,16 @@ EXERCISES = [
                 _springy(lambda log_z: 0.5 * log_z.square().mean()),
                 "Your spring has a factor 1/2 in it, as in physics; the formula here has none.",
             ),
-            Misconception(
-                "padding in the spring",
-                _padding_springs,
-                "The loss leaves -100 out, but your spring pulls at the logits of padding, too, and divides by "
-                "all positions. Both means run over the same positions.",
-            ),
-            Misconception(
-                "the sum over time",
-                _over_time,
-                "Your log-sum-exp runs over the time steps (dim 1). Z belongs to one position: sum over the "
-                "vocabulary, the last dimension.",
-            ),
-            Misconception(
-                "the logits squared",
-                _logits_squared,
-                "You punish large logits. z-loss leaves the differences alone and only pulls at ln Z, the "
-                "log-sum-exp of a position.",
-            ),
+            padding_in_the_spring,
+            the_sum_over_time,
+            the_logits_squared,
             Misconception(
                 "a spring without a pull",
                 _springy(lambda log_z: log_z.detach().square().mean()),
                 "The value is right, but the gradient of your spring is zero (detach, no_grad, .item()): it "
                 "would be reported and do nothing.",
             ),
-            Misconception(
-                "ln Z that overflows",
-                _naive_z,
-                "You wrote log(sum(exp)) as it stands, and exp(1000) is infinite. The spring is there for "
-                "logits that drift away, so it must survive them: torch.logsumexp.",
-            ),
+            ln_Z_that_overflows,
         ],
     ),
 ]

@@ -83,7 +83,7 @@ def _variant(
     return wrong
 
 
-def _in_place(
+def in_place(
     p: Tensor,
     grad: Tensor,
     m: Tensor,
@@ -94,6 +94,8 @@ def _in_place(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers are right, but calls that end in an underscore (and p *= …) write into the tensors of the
+    caller; write p = p * … instead."""
     beta1, beta2 = betas
     p.mul_(1 - lr * weight_decay)
     m.mul_(beta1).add_(grad, alpha=1 - beta1)
@@ -209,12 +211,7 @@ A = Exercise(
             _variant(swap=True),
             "The first beta is the memory of the gradient, the second that of its square; yours are exchanged.",
         ),
-        Misconception(
-            "in place",
-            _in_place,
-            "The numbers are right, but calls that end in an underscore (and p *= …) write into the tensors of the "
-            "caller; write p = p * … instead.",
-        ),
+        in_place,
     ],
 )
 
@@ -414,9 +411,11 @@ def warmup_stable_decay(
     return min(up, floor + (1 - floor) * left)
 
 
-def _decay_from_the_start(
+def decay_is_where_it_begins(
     progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0
 ) -> float:
+    """You read decay as the progress at which the descent begins; it is the length of the descent, which
+    begins at 1 - decay."""
     if progress < warmup:
         return progress / warmup
     if progress < decay:
@@ -424,11 +423,16 @@ def _decay_from_the_start(
     return floor + (1 - floor) * max(0.0, 1 - progress) / (1 - decay)
 
 
-def _down_to_zero(progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0) -> float:
+def down_to_zero_cut_at_the_floor(
+    progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0
+) -> float:
+    """The line goes to 0 and is cut off at the floor, so it gets there too early and lies flat; the line
+    itself should end at the floor."""
     return max(floor, warmup_stable_decay(progress, warmup, decay, 0.0))
 
 
-def _cosine_end(progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0) -> float:
+def half_a_cosine(progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0) -> float:
+    """The descent is half a cosine; here it is asked for as a straight line."""
     if progress < warmup:
         return progress / warmup
     left = max(0.0, 1 - progress)
@@ -437,15 +441,18 @@ def _cosine_end(progress: float, warmup: float = 0.05, decay: float = 0.2, floor
     return 1.0
 
 
-def _warmup_from_floor(
+def the_warmup_starts_at_the_floor(
     progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0
 ) -> float:
+    """The floor is where the run ends; the warm-up rises from 0."""
     if progress < warmup:
         return floor + (1 - floor) * progress / warmup
     return warmup_stable_decay(progress, warmup, decay, floor)
 
 
-def _past_the_end(progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0) -> float:
+def no_end(progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0) -> float:
+    """Past the end of the run the line goes on falling, below the floor and then below zero, where the model
+    would climb the loss; keep what is left at 0 or above."""
     if progress < warmup:
         return progress / warmup
     if 1 - progress < decay:
@@ -453,7 +460,10 @@ def _past_the_end(progress: float, warmup: float = 0.05, decay: float = 0.2, flo
     return 1.0
 
 
-def _jump(progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0) -> float:
+def a_jump_instead_of_a_line(
+    progress: float, warmup: float = 0.05, decay: float = 0.2, floor: float = 0.0
+) -> float:
+    """The factor drops to the floor at once where the descent begins; let it fall in a line until the end."""
     if progress < warmup:
         return progress / warmup
     return floor if 1 - progress < decay else 1.0
@@ -511,39 +521,12 @@ C = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "decay is where it begins",
-            _decay_from_the_start,
-            "You read decay as the progress at which the descent begins; it is the length of the descent, which "
-            "begins at 1 - decay.",
-        ),
-        Misconception(
-            "down to zero, cut at the floor",
-            _down_to_zero,
-            "The line goes to 0 and is cut off at the floor, so it gets there too early and lies flat; the line itself "
-            "should end at the floor.",
-        ),
-        Misconception(
-            "half a cosine",
-            _cosine_end,
-            "The descent is half a cosine; here it is asked for as a straight line.",
-        ),
-        Misconception(
-            "the warm-up starts at the floor",
-            _warmup_from_floor,
-            "The floor is where the run ends; the warm-up rises from 0.",
-        ),
-        Misconception(
-            "no end",
-            _past_the_end,
-            "Past the end of the run the line goes on falling, below the floor and then below zero, where the model "
-            "would climb the loss; keep what is left at 0 or above.",
-        ),
-        Misconception(
-            "a jump instead of a line",
-            _jump,
-            "The factor drops to the floor at once where the descent begins; let it fall in a line until the end.",
-        ),
+        decay_is_where_it_begins,
+        down_to_zero_cut_at_the_floor,
+        half_a_cosine,
+        the_warmup_starts_at_the_floor,
+        no_end,
+        a_jump_instead_of_a_line,
     ],
     equivalent_mutants={
         "`max(0.0, 1 - progress)` became `max(1 - progress, 0.0)`": "the larger of two, in either order",

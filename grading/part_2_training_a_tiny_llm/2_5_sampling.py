@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checks.probes import equals, holds, outcome, randn, same_shape
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.core.sampler import repetition_penalty, top_p_filter
 
 NEVER = float("-inf")
@@ -70,49 +70,64 @@ def _back(logits: Tensor, index: Tensor, drop: Tensor) -> Tensor:
     return logits.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), NEVER)
 
 
-def _cuts_the_crossing(logits: Tensor, p: float) -> Tensor:
+def the_crossing_token_is_cut(logits: Tensor, p: float) -> Tensor:
+    """You drop a token when the sum including itself is above p, but the token that carries the sum over p
+    belongs to the set; look at the probability before it."""
     _need_p(p)
     ordered, index = logits.sort(dim=-1, descending=True)
     return logits if p == 1 else _back(logits, index, ordered.softmax(-1).cumsum(-1) > p)
 
 
-def _in_sorted_order(logits: Tensor, p: float) -> Tensor:
+def the_mask_stays_in_sorted_order(logits: Tensor, p: float) -> Tensor:
+    """The right number of tokens is cut, but the wrong ones: the mask belongs to the sorted logits, and must
+    go back through the sort's indices (scatter)."""
     _need_p(p)
     ordered = logits.sort(dim=-1, descending=True).values
     probs = ordered.softmax(-1)
     return logits.masked_fill(probs.cumsum(-1) - probs >= p, NEVER)
 
 
-def _from_below(logits: Tensor, p: float) -> Tensor:
+def counted_from_the_least_likely(logits: Tensor, p: float) -> Tensor:
+    """sort() puts the smallest first unless told otherwise, so the running sum began at the unlikely end and
+    the best tokens were cut: sort in descending order."""
     _need_p(p)
     ordered, index = logits.sort(dim=-1)
     probs = ordered.softmax(-1)
     return _back(logits, index, probs.cumsum(-1) - probs >= p)
 
 
-def _as_probabilities(logits: Tensor, p: float) -> Tensor:
+def probabilities_come_back(logits: Tensor, p: float) -> Tensor:
+    """The kept set is right, but a filter takes logits and returns logits; the softmax comes once, at the
+    end, and twice would flatten everything."""
     return top_p_filter(logits, p).softmax(-1)
 
 
-def _to_zero(logits: Tensor, p: float) -> Tensor:
+def zero_instead_of_minus_infinity(logits: Tensor, p: float) -> Tensor:
+    """A logit of 0 is not 'never': it has weight e^0 = 1, more than any negative logit. Never is -inf."""
     filtered = top_p_filter(logits, p)
     return filtered.masked_fill(filtered == NEVER, 0.0)
 
 
-def _sums_logits(logits: Tensor, p: float) -> Tensor:
+def a_running_sum_of_logits(logits: Tensor, p: float) -> Tensor:
+    """Logits can be negative and do not add up to 1, so their sum means nothing: take the softmax of the
+    sorted logits first."""
     _need_p(p)
     ordered, index = logits.sort(dim=-1, descending=True)
     return _back(logits, index, ordered.cumsum(-1) - ordered >= p)
 
 
-def _loses_the_tail(logits: Tensor, p: float) -> Tensor:
+def p_of_one_loses_the_tail(logits: Tensor, p: float) -> Tensor:
+    """In exact arithmetic you are right. In fp32 the running sum rounds to 1 before the last tokens, and they
+    are cut; p = 1 means no filter, so return early."""
     _need_p(p)
     ordered, index = logits.sort(dim=-1, descending=True)
     probs = ordered.softmax(-1)
     return _back(logits, index, probs.cumsum(-1) - probs >= p)
 
 
-def _in_place(logits: Tensor, p: float) -> Tensor:
+def written_into_the_input(logits: Tensor, p: float) -> Tensor:
+    """The answer is right, but the caller's logits were overwritten (a masked_fill_ or an assignment by
+    index): whoever scores the token afterwards finds -inf there."""
     return logits.copy_(top_p_filter(logits, p))
 
 
@@ -152,53 +167,14 @@ TOP_P = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "the crossing token is cut",
-            _cuts_the_crossing,
-            "You drop a token when the sum including itself is above p, but the token that carries the sum over "
-            "p belongs to the set; look at the probability before it.",
-        ),
-        Misconception(
-            "the mask stays in sorted order",
-            _in_sorted_order,
-            "The right number of tokens is cut, but the wrong ones: the mask belongs to the sorted logits, and "
-            "must go back through the sort's indices (scatter).",
-        ),
-        Misconception(
-            "counted from the least likely",
-            _from_below,
-            "sort() puts the smallest first unless told otherwise, so the running sum began at the unlikely end "
-            "and the best tokens were cut: sort in descending order.",
-        ),
-        Misconception(
-            "probabilities come back",
-            _as_probabilities,
-            "The kept set is right, but a filter takes logits and returns logits; the softmax comes once, at the "
-            "end, and twice would flatten everything.",
-        ),
-        Misconception(
-            "zero instead of -inf",
-            _to_zero,
-            "A logit of 0 is not 'never': it has weight e^0 = 1, more than any negative logit. Never is -inf.",
-        ),
-        Misconception(
-            "a running sum of logits",
-            _sums_logits,
-            "Logits can be negative and do not add up to 1, so their sum means nothing: take the softmax of the "
-            "sorted logits first.",
-        ),
-        Misconception(
-            "p = 1 loses the tail",
-            _loses_the_tail,
-            "In exact arithmetic you are right. In fp32 the running sum rounds to 1 before the last tokens, and "
-            "they are cut; p = 1 means no filter, so return early.",
-        ),
-        Misconception(
-            "written into the input",
-            _in_place,
-            "The answer is right, but the caller's logits were overwritten (a masked_fill_ or an assignment by "
-            "index): whoever scores the token afterwards finds -inf there.",
-        ),
+        the_crossing_token_is_cut,
+        the_mask_stays_in_sorted_order,
+        counted_from_the_least_likely,
+        probabilities_come_back,
+        zero_instead_of_minus_infinity,
+        a_running_sum_of_logits,
+        p_of_one_loses_the_tail,
+        written_into_the_input,
     ],
 )
 
@@ -246,44 +222,60 @@ def _need_penalty(penalty: float) -> None:
         raise ValueError("penalty")
 
 
-def _divides(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def divides_negative_logits_too(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """-1 divided by 2 is -0.5, which is more: a token with a negative logit is rewarded for having been
+    written. Multiply the negative ones."""
     _need_penalty(penalty)
     return logits.scatter(-1, previous, logits.gather(-1, previous) / penalty)
 
 
-def _multiplies(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def multiplies_positive_logits_too(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """Multiplying pushes negative logits down, but 2 · 2 = 4: every token with a positive logit is rewarded.
+    Divide the positive ones."""
     _need_penalty(penalty)
     return logits.scatter(-1, previous, logits.gather(-1, previous) * penalty)
 
 
-def _each_time(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def once_for_each_time_it_was_written(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """The sign is right now, but the loop goes over the written tokens, so e is punished once for every e in
+    the text: start from the original logits each time."""
     for t in range(previous.shape[1]):
         logits = repetition_penalty(logits, previous[:, t : t + 1], penalty)
     return logits
 
 
-def _divides_each_time(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def divides_every_logit_once_for_each_time(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """Both bugs are still there: follow by hand a written token whose logit is negative, and one that was
+    written three times."""
     for t in range(previous.shape[1]):
-        logits = _divides(logits, previous[:, t : t + 1], penalty)
+        logits = divides_negative_logits_too(logits, previous[:, t : t + 1], penalty)
     return logits
 
 
-def _subtracts(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def subtracts_the_penalty(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """Subtracting is another method (the presence penalty of some services); this one divides positive logits
+    and multiplies negative ones, and 1 changes nothing."""
     _need_penalty(penalty)
     return logits.scatter(-1, previous, logits.gather(-1, previous) - penalty)
 
 
-def _on_probabilities(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def works_on_probabilities(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """You divided the probabilities and went back with a logarithm; that moves every logit and is a
+    subtraction of log(penalty). The rule acts on the logits themselves."""
     _need_penalty(penalty)
     probs = logits.softmax(-1)
     return probs.scatter(-1, previous, probs.gather(-1, previous) / penalty).log()
 
 
-def _all_rows_together(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def the_text_of_one_row_for_all(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """Each row was penalized for what any row has written; the rows of a batch are separate texts, so use
+    gather and scatter along the last dimension."""
     return repetition_penalty(logits, previous.reshape(1, -1).expand(len(logits), -1), penalty)
 
 
-def _penalty_in_place(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+def the_input_is_overwritten(logits: Tensor, previous: Tensor, penalty: float) -> Tensor:
+    """The numbers are right, but the caller's logits were overwritten: work on a copy (scatter without the
+    underscore makes one)."""
     return logits.copy_(repetition_penalty(logits, previous, penalty))
 
 
@@ -333,54 +325,14 @@ PENALTY = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "divides every logit, once for each time",
-            _divides_each_time,
-            "Both bugs are still there: follow by hand a written token whose logit is negative, and one that was "
-            "written three times.",
-        ),
-        Misconception(
-            "divides negative logits too",
-            _divides,
-            "-1 divided by 2 is -0.5, which is more: a token with a negative logit is rewarded for having been "
-            "written. Multiply the negative ones.",
-        ),
-        Misconception(
-            "multiplies positive logits too",
-            _multiplies,
-            "Multiplying pushes negative logits down, but 2 · 2 = 4: every token with a positive logit is "
-            "rewarded. Divide the positive ones.",
-        ),
-        Misconception(
-            "once for each time it was written",
-            _each_time,
-            "The sign is right now, but the loop goes over the written tokens, so e is punished once for every e "
-            "in the text: start from the original logits each time.",
-        ),
-        Misconception(
-            "subtracts the penalty",
-            _subtracts,
-            "Subtracting is another method (the presence penalty of some services); this one divides positive "
-            "logits and multiplies negative ones, and 1 changes nothing.",
-        ),
-        Misconception(
-            "works on probabilities",
-            _on_probabilities,
-            "You divided the probabilities and went back with a logarithm; that moves every logit and is a "
-            "subtraction of log(penalty). The rule acts on the logits themselves.",
-        ),
-        Misconception(
-            "one row's text for all rows",
-            _all_rows_together,
-            "Each row was penalized for what any row has written; the rows of a batch are separate texts, so use "
-            "gather and scatter along the last dimension.",
-        ),
-        Misconception(
-            "written into the input",
-            _penalty_in_place,
-            "The numbers are right, but the caller's logits were overwritten: work on a copy (scatter without "
-            "the underscore makes one).",
-        ),
+        divides_every_logit_once_for_each_time,
+        divides_negative_logits_too,
+        multiplies_positive_logits_too,
+        once_for_each_time_it_was_written,
+        subtracts_the_penalty,
+        works_on_probabilities,
+        the_text_of_one_row_for_all,
+        the_input_is_overwritten,
     ],
     equivalent_mutants={
         "`seen > 0` became `seen >= 0`": "a logit of exactly 0 is 0 divided and 0 multiplied",
@@ -397,37 +349,50 @@ def _min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), NEVER)
 
 
-def _absolute(logits: Tensor, min_p: float) -> Tensor:
+def an_absolute_threshold(logits: Tensor, min_p: float) -> Tensor:
+    """You cut below min_p itself. The threshold is a share of the best token's probability; where nothing is
+    above min_p, an absolute one would cut every token."""
     _need_p(min_p)
     return logits.masked_fill(logits.softmax(-1) < min_p, NEVER)
 
 
-def _of_the_largest_logit(logits: Tensor, min_p: float) -> Tensor:
+def a_share_of_the_largest_logit(logits: Tensor, min_p: float) -> Tensor:
+    """min_p is a share of the largest probability. Logits have no zero that means anything, and a share of a
+    negative logit is a larger one; in logits, the share becomes an added log(min_p)."""
     _need_p(min_p)
     return logits.masked_fill(logits < min_p * logits.amax(-1, keepdim=True), NEVER)
 
 
-def _one_maximum(logits: Tensor, min_p: float) -> Tensor:
+def one_maximum_for_the_whole_batch(logits: Tensor, min_p: float) -> Tensor:
+    """Every row was measured by the surest row's best token: take the maximum along the last dimension and
+    keep that dimension."""
     _need_p(min_p)
     probs = logits.softmax(-1)
     return logits.masked_fill(probs < min_p * probs.max(), NEVER)
 
 
-def _min_p_probabilities(logits: Tensor, min_p: float) -> Tensor:
+def returns_probabilities(logits: Tensor, min_p: float) -> Tensor:
+    """The kept set is right, but a filter takes logits and returns logits; the softmax comes once, at the
+    end."""
     return _min_p(logits, min_p).softmax(-1)
 
 
-def _min_p_zero(logits: Tensor, min_p: float) -> Tensor:
+def zero_for_the_unlikely(logits: Tensor, min_p: float) -> Tensor:
+    """A logit of 0 is not 'never': it has weight e^0 = 1. Never is -inf."""
     filtered = _min_p(logits, min_p)
     return filtered.masked_fill(filtered == NEVER, 0.0)
 
 
-def _as_top_p(logits: Tensor, min_p: float) -> Tensor:
+def top_p_with_one_minus_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """That is top-p by another name: it adds probabilities up. min-p compares each token with the best one
+    and adds nothing."""
     _need_p(min_p)
     return top_p_filter(logits, max(1 - min_p, 1e-6))
 
 
-def _overflows(logits: Tensor, min_p: float) -> Tensor:
+def exp_overflows(logits: Tensor, min_p: float) -> Tensor:
+    """The ratio is right, but exp(1000) is infinite and infinity is not below infinity, so nothing is cut.
+    Subtract the maximum first, use softmax, or stay in logits."""
     _need_p(min_p)
     weight = logits.exp()
     return logits.masked_fill(weight < min_p * weight.amax(-1, keepdim=True), NEVER)
@@ -472,47 +437,13 @@ MIN_P = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "an absolute threshold",
-            _absolute,
-            "You cut below min_p itself. The threshold is a share of the best token's probability; where nothing "
-            "is above min_p, an absolute one would cut every token.",
-        ),
-        Misconception(
-            "a share of the largest logit",
-            _of_the_largest_logit,
-            "min_p is a share of the largest probability. Logits have no zero that means anything, and a share of "
-            "a negative logit is a larger one; in logits, the share becomes an added log(min_p).",
-        ),
-        Misconception(
-            "one maximum for the whole batch",
-            _one_maximum,
-            "Every row was measured by the surest row's best token: take the maximum along the last dimension and "
-            "keep that dimension.",
-        ),
-        Misconception(
-            "probabilities come back",
-            _min_p_probabilities,
-            "The kept set is right, but a filter takes logits and returns logits; the softmax comes once, at the "
-            "end.",
-        ),
-        Misconception(
-            "zero instead of -inf",
-            _min_p_zero,
-            "A logit of 0 is not 'never': it has weight e^0 = 1. Never is -inf.",
-        ),
-        Misconception(
-            "top-p with 1 - min_p",
-            _as_top_p,
-            "That is top-p by another name: it adds probabilities up. min-p compares each token with the best "
-            "one and adds nothing.",
-        ),
-        Misconception(
-            "exp overflows",
-            _overflows,
-            "The ratio is right, but exp(1000) is infinite and infinity is not below infinity, so nothing is cut. "
-            "Subtract the maximum first, use softmax, or stay in logits.",
-        ),
+        an_absolute_threshold,
+        a_share_of_the_largest_logit,
+        one_maximum_for_the_whole_batch,
+        returns_probabilities,
+        zero_for_the_unlikely,
+        top_p_with_one_minus_min_p,
+        exp_overflows,
     ],
     equivalent_mutants={
         "`0 < min_p <= 1` became `0 <= min_p <= 1`": "math.log(0) is a ValueError, too",

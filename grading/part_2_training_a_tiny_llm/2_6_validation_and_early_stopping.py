@@ -145,7 +145,8 @@ def _sum_and_numel(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 _mean_loss = _loss_over(_sum_and_count)
 
 
-def _perplexity(model: nn.Module, batches: Batches) -> float:
+def perplexity_instead_of_loss(model: nn.Module, batches: Batches) -> float:
+    """You returned e to the power of the mean loss, which is the perplexity; asked for are nats per token."""
     return math.exp(_mean_loss(model, batches))
 
 
@@ -224,11 +225,7 @@ MEAN_LOSS = Exercise(
             "Without torch.no_grad() every batch keeps the graph for a backward pass that never comes: a waste of "
             "memory and time.",
         ),
-        Misconception(
-            "perplexity instead of loss",
-            _perplexity,
-            "You returned e to the power of the mean loss, which is the perplexity; asked for are nats per token.",
-        ),
+        perplexity_instead_of_loss,
     ],
 )
 
@@ -267,42 +264,66 @@ class _Broken(EarlyStopping):
         return self.bad >= self.patience + self.slack
 
 
-class _AllThree(_Broken):
+class TheCodeAsGiven(_Broken):
+    """All three bugs are still there: follow best and bad by hand through a short list of losses, one of them
+    a little worse than the best, one of them NaN."""
+
     reset = False
 
     def gain(self, loss: float) -> bool:
         return not loss >= self.best + self.min_delta
 
 
-class _Cumulative(_Broken):
+class PatienceCountedCumulatively(_Broken):
+    """The count of bad evaluations goes on after an improvement, so any long run is stopped in the end.
+    Patience is about bad ones in a row: an improvement sets the count to 0."""
+
     reset = False
 
 
-class _WrongSign(_Broken):
+class TheSignOfTheMargin(_Broken):
+    """With best + min_delta, a loss that is a little worse than the best counts as an improvement, and best
+    walks upwards with it. It must be lower than best - min_delta."""
+
     def gain(self, loss: float) -> bool:
         return loss < self.best + self.min_delta
 
 
-class _NanWins(_Broken):
+class a_NaN_counts_as_an_improvement(_Broken):
+    """Every comparison with NaN is false, so 'not loss >= …' is true for it: NaN becomes the best loss, and
+    from then on everything is an improvement. Ask loss < …, which NaN fails."""
+
     def gain(self, loss: float) -> bool:
         return not loss >= self.best - self.min_delta
 
 
-class _Previous(_Broken):
+class ComparedWithThePreviousLoss(_Broken):
+    """After a bad evaluation, best became that bad loss, so the next one is compared with its neighbor; a
+    curve that goes up and down is never stopped. best moves at improvements only."""
+
     def after(self, loss: float) -> None:
         self.best = loss
 
 
-class _BestMovesAnyway(_Broken):
+class BestMovesWithoutAnImprovement(_Broken):
+    """best follows every lower loss, also those that did not count, so many small gains in a row never add up
+    to min_delta. best is the loss to beat, and moves only when it is beaten."""
+
     def after(self, loss: float) -> None:
         self.best = min(self.best, loss)
 
 
-class _OneTooPatient(_Broken):
+class OneTooPatient(_Broken):
+    """It stops one evaluation late (> where >= was meant): with patience 2, the second bad one in a row ends
+    the run."""
+
     slack = 1
 
 
-class _EqualWins(_Broken):
+class AnEqualLossCountsAsAGain(_Broken):
+    """With <=, a loss that stands still is an improvement each time, and a run that has ended its learning
+    never stops. The gain must be more than min_delta."""
+
     def gain(self, loss: float) -> bool:
         return loss <= self.best - self.min_delta
 
@@ -374,54 +395,14 @@ STOPPING = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "the code as given",
-            _AllThree,
-            "All three bugs are still there: follow best and bad by hand through a short list of losses, one of them "
-            "a little worse than the best, one of them NaN.",
-        ),
-        Misconception(
-            "patience counted cumulatively",
-            _Cumulative,
-            "The count of bad evaluations goes on after an improvement, so any long run is stopped in the end. "
-            "Patience is about bad ones in a row: an improvement sets the count to 0.",
-        ),
-        Misconception(
-            "the sign of min_delta",
-            _WrongSign,
-            "With best + min_delta, a loss that is a little worse than the best counts as an improvement, and best "
-            "walks upwards with it. It must be lower than best - min_delta.",
-        ),
-        Misconception(
-            "a NaN counts as an improvement",
-            _NanWins,
-            "Every comparison with NaN is false, so 'not loss >= …' is true for it: NaN becomes the best loss, and "
-            "from then on everything is an improvement. Ask loss < …, which NaN fails.",
-        ),
-        Misconception(
-            "compared with the previous loss",
-            _Previous,
-            "After a bad evaluation, best became that bad loss, so the next one is compared with its neighbor; a "
-            "curve that goes up and down is never stopped. best moves at improvements only.",
-        ),
-        Misconception(
-            "best moves without an improvement",
-            _BestMovesAnyway,
-            "best follows every lower loss, also those that did not count, so many small gains in a row never add "
-            "up to min_delta. best is the loss to beat, and moves only when it is beaten.",
-        ),
-        Misconception(
-            "one too patient",
-            _OneTooPatient,
-            "It stops one evaluation late (> where >= was meant): with patience 2, the second bad one in a row ends "
-            "the run.",
-        ),
-        Misconception(
-            "an equal loss counts as a gain",
-            _EqualWins,
-            "With <=, a loss that stands still is an improvement each time, and a run that has ended its learning "
-            "never stops. The gain must be more than min_delta.",
-        ),
+        TheCodeAsGiven,
+        PatienceCountedCumulatively,
+        TheSignOfTheMargin,
+        a_NaN_counts_as_an_improvement,
+        ComparedWithThePreviousLoss,
+        BestMovesWithoutAnImprovement,
+        OneTooPatient,
+        AnEqualLossCountsAsAGain,
     ],
 )
 
@@ -457,13 +438,17 @@ def _sliding_loss(model: Callable, tokens: Tensor, seq_len: int, stride: int) ->
     return total / n
 
 
-def _scores_everything(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def every_label_of_every_window(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """Overlapping windows predict the same token several times, and you counted all of them, those with
+    little context too. Only labels that no earlier window has scored count."""
     _check_stride(seq_len, stride)
     ends = _ends(len(tokens) - 1, seq_len, stride)
     return torch.cat([_window_losses(model, tokens, max(0, e - seq_len), e) for e in ends]).mean().item()
 
 
-def _scores_the_first(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def the_first_labels_instead_of_the_last(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """You scored the beginning of each window, where the context is shortest, and those labels had been
+    scored before. The new ones stand at the window's end."""
     _check_stride(seq_len, stride)
     n, done, total = len(tokens) - 1, 0, 0.0
     for end in _ends(n, seq_len, stride):
@@ -472,14 +457,18 @@ def _scores_the_first(model: Callable, tokens: Tensor, seq_len: int, stride: int
     return total / n
 
 
-def _drops_the_rest(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def the_rest_is_dropped(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """The last step is shorter than the stride, and its labels were left out: move the window only as far as
+    the text goes, and score what is new."""
     _check_stride(seq_len, stride)
     n = len(tokens) - 1
     kept = n if n <= seq_len else seq_len + (n - seq_len) // stride * stride
     return _sliding_loss(model, tokens[: kept + 1], seq_len, stride)
 
 
-def _mean_of_windows(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def a_mean_of_window_means(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """The first window scores seq_len labels and the others only stride: a mean of their means gives all the
+    same weight. Sum, then divide once."""
     _check_stride(seq_len, stride)
     done, means = 0, []
     for end in _ends(len(tokens) - 1, seq_len, stride):
@@ -488,14 +477,18 @@ def _mean_of_windows(model: Callable, tokens: Tensor, seq_len: int, stride: int)
     return sum(means) / len(means)
 
 
-def _no_overlap(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def windows_that_do_not_overlap(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """The windows move by seq_len, so every window starts again without any context; the stride says how far
+    they move."""
     _check_stride(seq_len, stride)
     n = len(tokens) - 1
     starts = range(0, n, seq_len)
     return torch.cat([_window_losses(model, tokens, s, min(s + seq_len, n)) for s in starts]).mean().item()
 
 
-def _whole_past(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def the_whole_past_as_context(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """The windows grow with the text: the model saw more than seq_len tokens, which a real one has no
+    positions for. Start each window at end - seq_len."""
     _check_stride(seq_len, stride)
     n, done, total = len(tokens) - 1, 0, 0.0
     for end in _ends(n, seq_len, stride):
@@ -505,7 +498,9 @@ def _whole_past(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> f
 
 
 @torch.no_grad()
-def _own_token(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+def the_token_itself_as_its_label(model: Callable, tokens: Tensor, seq_len: int, stride: int) -> float:
+    """Logits at position t are about token t + 1, and you compared them with token t: the labels are one
+    place to the right of the inputs."""
     _check_stride(seq_len, stride)
     n, done, total = len(tokens) - 1, 0, 0.0
     for end in _ends(n, seq_len, stride):
@@ -582,48 +577,13 @@ SLIDING = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "every label of every window",
-            _scores_everything,
-            "Overlapping windows predict the same token several times, and you counted all of them, those with "
-            "little context too. Only labels that no earlier window has scored count.",
-        ),
-        Misconception(
-            "the first labels instead of the last",
-            _scores_the_first,
-            "You scored the beginning of each window, where the context is shortest, and those labels had been "
-            "scored before. The new ones stand at the window's end.",
-        ),
-        Misconception(
-            "the rest is dropped",
-            _drops_the_rest,
-            "The last step is shorter than the stride, and its labels were left out: move the window only as far as "
-            "the text goes, and score what is new.",
-        ),
-        Misconception(
-            "a mean of window means",
-            _mean_of_windows,
-            "The first window scores seq_len labels and the others only stride: a mean of their means gives all "
-            "the same weight. Sum, then divide once.",
-        ),
-        Misconception(
-            "windows that do not overlap",
-            _no_overlap,
-            "The windows move by seq_len, so every window starts again without any context; the stride says how "
-            "far they move.",
-        ),
-        Misconception(
-            "the whole past as context",
-            _whole_past,
-            "The windows grow with the text: the model saw more than seq_len tokens, which a real one has no "
-            "positions for. Start each window at end - seq_len.",
-        ),
-        Misconception(
-            "the token itself as its label",
-            _own_token,
-            "Logits at position t are about token t + 1, and you compared them with token t: the labels are one "
-            "place to the right of the inputs.",
-        ),
+        every_label_of_every_window,
+        the_first_labels_instead_of_the_last,
+        the_rest_is_dropped,
+        a_mean_of_window_means,
+        windows_that_do_not_overlap,
+        the_whole_past_as_context,
+        the_token_itself_as_its_label,
     ],
     equivalent_mutants={
         "`min(seq_len, n)` became `min(n, seq_len)`": "the order does not matter to min",

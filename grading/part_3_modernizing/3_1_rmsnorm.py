@@ -38,43 +38,63 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gra
     return r * (u - x_hat * _mean(u * x_hat)), _to_weight(grad, x_hat)
 
 
-def _constant_scale(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def the_scale_taken_for_a_constant(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+    """You differentiated x · r with r held fixed. But r depends on every x_j, and that gives the second term,
+    which takes out the component along x."""
     r, x_hat = _parts(x, eps)
     return r * grad * weight, _to_weight(grad, x_hat)
 
 
-def _sum_for_mean(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def a_sum_where_a_mean_belongs(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+    """The second term has a sum over the channels; r holds a mean of squares, so its derivative brings a
+    factor 1/D, and the sum becomes a mean."""
     r, x_hat = _parts(x, eps)
     u = grad * weight
     return r * (u - x_hat * (u * x_hat).sum(dim=-1, keepdim=True)), _to_weight(grad, x_hat)
 
 
-def _weight_at_the_end(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def the_weight_multiplied_at_the_end(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+    """The weight stands behind the normalization, so on the way back it comes first: u = grad · weight, and
+    everything after that uses u."""
     r, x_hat = _parts(x, eps)
     return r * (grad - x_hat * _mean(grad * x_hat)) * weight, _to_weight(grad, x_hat)
 
 
-def _weight_forgotten(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def the_weight_forgotten_on_the_way_to_x(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5
+) -> Gradients:
+    """grad is the gradient at the output y = x̂ · weight. At x̂ it is u = grad · weight; with weights of one
+    you would never notice."""
     return _backward(grad, x, torch.ones_like(weight), eps)
 
 
-def _layer_norms(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def the_backward_of_LayerNorm(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+    """You also subtracted the mean of u. That is the backward of a recentering, and RMSNorm has none."""
     r, x_hat = _parts(x, eps)
     u = grad * weight
     return r * (u - _mean(u) - x_hat * _mean(u * x_hat)), _to_weight(grad, x_hat)
 
 
-def _one_r_too_few(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def one_factor_r_too_few(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+    """Only the first term was multiplied by r. dr/dx_j = −r² x̂_j / D, and with x = x̂ / r one r is left
+    over: it stands before both terms."""
     r, x_hat = _parts(x, eps)
     u = grad * weight
     return r * u - x_hat * _mean(u * x_hat), _to_weight(grad, x_hat)
 
 
-def _weight_from_x(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def the_gradient_of_the_weight_from_x(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5
+) -> Gradients:
+    """grad_weight is grad times what the weight was multiplied with, and that is the normalized x̂, not x."""
     return _backward(grad, x, weight, eps)[0], _to_weight(grad, x)
 
 
-def _weight_averaged(grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5) -> Gradients:
+def the_gradient_of_the_weight_averaged_over_tokens(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float = 1e-5
+) -> Gradients:
+    """All tokens share one weight, so their contributions add up. If the loss was a mean, the division is in
+    grad already."""
     dx, dw = _backward(grad, x, weight, eps)
     return dx, dw / (x.numel() // x.shape[-1])
 
@@ -164,53 +184,14 @@ BACKWARD = Exercise(
         Probe("the inputs are as before", _inputs_after, holds(_written_into)),
     ],
     misconceptions=[
-        Misconception(
-            "the scale taken for a constant",
-            _constant_scale,
-            "You differentiated x · r with r held fixed. But r depends on every x_j, and that gives the second "
-            "term, which takes out the component along x.",
-        ),
-        Misconception(
-            "a sum where a mean belongs",
-            _sum_for_mean,
-            "The second term has a sum over the channels; r holds a mean of squares, so its derivative brings "
-            "a factor 1/D, and the sum becomes a mean.",
-        ),
-        Misconception(
-            "the weight multiplied at the end",
-            _weight_at_the_end,
-            "The weight stands behind the normalization, so on the way back it comes first: u = grad · weight, "
-            "and everything after that uses u.",
-        ),
-        Misconception(
-            "the weight forgotten on the way to x",
-            _weight_forgotten,
-            "grad is the gradient at the output y = x̂ · weight. At x̂ it is u = grad · weight; with weights of "
-            "one you would never notice.",
-        ),
-        Misconception(
-            "LayerNorm's backward",
-            _layer_norms,
-            "You also subtracted the mean of u. That is the backward of a recentering, and RMSNorm has none.",
-        ),
-        Misconception(
-            "one factor r too few",
-            _one_r_too_few,
-            "Only the first term was multiplied by r. dr/dx_j = −r² x̂_j / D, and with x = x̂ / r one r is left "
-            "over: it stands before both terms.",
-        ),
-        Misconception(
-            "the weight's gradient from x",
-            _weight_from_x,
-            "grad_weight is grad times what the weight was multiplied with, and that is the normalized x̂, "
-            "not x.",
-        ),
-        Misconception(
-            "the weight's gradient averaged over the tokens",
-            _weight_averaged,
-            "All tokens share one weight, so their contributions add up. If the loss was a mean, the division "
-            "is in grad already.",
-        ),
+        the_scale_taken_for_a_constant,
+        a_sum_where_a_mean_belongs,
+        the_weight_multiplied_at_the_end,
+        the_weight_forgotten_on_the_way_to_x,
+        the_backward_of_LayerNorm,
+        one_factor_r_too_few,
+        the_gradient_of_the_weight_from_x,
+        the_gradient_of_the_weight_averaged_over_tokens,
     ],
 )
 
@@ -495,31 +476,43 @@ def _to_rms_norm(model: GPT) -> GPT:
     return _convert(model)
 
 
-def _only_norms(model: GPT) -> GPT:
+def only_the_norms_exchanged(model: GPT) -> GPT:
+    """The norms are RMSNorms now, but the stream still has a mean, which nobody subtracts any more: take it
+    out of everything that writes to the stream."""
     return _convert(model, tables=(), branches=False)
 
 
-def _inputs_centered(model: GPT) -> GPT:
+def centered_along_the_input(model: GPT) -> GPT:
+    """nn.Linear keeps its weight as (out, in), so the mean over the outputs, which is what arrives in the
+    stream, is the mean over dim 0. You took it over the inputs."""
     return _convert(model, output_dim=1)
 
 
-def _no_positions(model: GPT) -> GPT:
+def the_positions_forgotten(model: GPT) -> GPT:
+    """The token table was centered, but the position table writes to the stream as well, in the same sum."""
     return _convert(model, tables=("tokens",))
 
 
-def _no_branches(model: GPT) -> GPT:
+def the_branches_forgotten(model: GPT) -> GPT:
+    """The stream starts without a mean, and the first branch brings one back: attn.out and mlp.down write to
+    it, in every block."""
     return _convert(model, branches=False)
 
 
-def _head_too(model: GPT) -> GPT:
+def the_tied_head_centered_too(model: GPT) -> GPT:
+    """The head shares its matrix with the token table, so centering one changed the other. The head reads, it
+    does not write: give it the old matrix as one of its own."""
     return _convert(model, untie=False)
 
 
-def _fresh_weights(model: GPT) -> GPT:
+def fresh_norm_weights(model: GPT) -> GPT:
+    """The new norms start with weights of one: what the old ones had learned is lost. Copy the weight."""
     return _convert(model, make=lambda old: norms.RMSNorm(len(old.weight), old.eps))  # type: ignore[arg-type]
 
 
-def _fresh_eps(model: GPT) -> GPT:
+def eps_lost(model: GPT) -> GPT:
+    """The new norms have the default eps, not that of the norms they replace."""
+
     def make(old: nn.Module) -> nn.Module:
         new = norms.RMSNorm(len(old.weight))  # type: ignore[arg-type]
         new.load_state_dict({"weight": old.weight})
@@ -528,7 +521,9 @@ def _fresh_eps(model: GPT) -> GPT:
     return _convert(model, make=make)
 
 
-def _in_place(model: GPT) -> GPT:
+def done_to_the_model_itself(model: GPT) -> GPT:
+    """The new model is right, but it is the old one, changed: the caller's LayerNorm model is gone. Work on a
+    copy."""
     return _convert(model, in_place=True)
 
 
@@ -679,52 +674,14 @@ CONVERT = Exercise(
         Probe("the old model is left alone", _original_after, holds(_touched)),
     ],
     misconceptions=[
-        Misconception(
-            "only the norms exchanged",
-            _only_norms,
-            "The norms are RMSNorms now, but the stream still has a mean, which nobody subtracts any more: "
-            "take it out of everything that writes to the stream.",
-        ),
-        Misconception(
-            "centered along the input",
-            _inputs_centered,
-            "nn.Linear keeps its weight as (out, in), so the mean over the outputs, which is what arrives in "
-            "the stream, is the mean over dim 0. You took it over the inputs.",
-        ),
-        Misconception(
-            "the positions forgotten",
-            _no_positions,
-            "The token table was centered, but the position table writes to the stream as well, in the same "
-            "sum.",
-        ),
-        Misconception(
-            "the branches forgotten",
-            _no_branches,
-            "The stream starts without a mean, and the first branch brings one back: attn.out and mlp.down "
-            "write to it, in every block.",
-        ),
-        Misconception(
-            "the tied head centered too",
-            _head_too,
-            "The head shares its matrix with the token table, so centering one changed the other. The head "
-            "reads, it does not write: give it the old matrix as one of its own.",
-        ),
-        Misconception(
-            "fresh norm weights",
-            _fresh_weights,
-            "The new norms start with weights of one: what the old ones had learned is lost. Copy the weight.",
-        ),
-        Misconception(
-            "eps lost",
-            _fresh_eps,
-            "The new norms have the default eps, not that of the norms they replace.",
-        ),
-        Misconception(
-            "done to the model itself",
-            _in_place,
-            "The new model is right, but it is the old one, changed: the caller's LayerNorm model is gone. "
-            "Work on a copy.",
-        ),
+        only_the_norms_exchanged,
+        centered_along_the_input,
+        the_positions_forgotten,
+        the_branches_forgotten,
+        the_tied_head_centered_too,
+        fresh_norm_weights,
+        eps_lost,
+        done_to_the_model_itself,
     ],
 )
 

@@ -36,38 +36,52 @@ def _reorder(x: Tensor, order: Callable[[Tensor, int], Tensor]) -> Tensor:
     return x[..., order(torch.arange(x.shape[-1]), 1)]
 
 
-def _interleaved(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def interleaved_pairs(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """You paired 2i with 2i+1. It is a valid RoPE, but Llama's layout pairs i with i + C/2, and our weights
+    expect that one."""
     return _reorder(apply_rope(_reorder(x, interleaved_to_half), positions, base), half_to_interleaved)
 
 
-def _written_back_interleaved(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def written_back_interleaved(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """The halves were turned correctly, but stacked and flattened, so the two numbers of a pair came out side
+    by side. Channel i goes back to place i: concatenate the halves."""
     return _reorder(apply_rope(x, positions, base), half_to_interleaved)
 
 
-def _half_exponent(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def exponent_without_its_2(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """Your speeds are base^(−i/C). Pair i turns with base^(−2i/C), so that C/2 pairs span the range from 1
+    down to nearly 1/base."""
     return rotate(x, *_angles(positions, x.shape[-1], base, per_pair=1.0))
 
 
-def _clockwise(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def clockwise(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """The sine has the wrong sign: hands turn the other way. All distances are respected, but weights that
+    were trained the usual way do not fit. Minus belongs in the first half."""
     cos, sin = _angles(positions, x.shape[-1], base)
     return rotate(x, cos, -sin)
 
 
-def _no_minus(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def no_minus_sign(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """Both halves add their sine term. That is no rotation (lengths change): the first half subtracts."""
     cos, sin = _angles(positions, x.shape[-1], base)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos + first * sin], dim=-1).type_as(x)
 
 
-def _counts_itself(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def counts_by_itself(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """You used 0, 1, 2, … instead of the positions that were handed in. With a cache, the one new token would
+    always stand at 0."""
     return apply_rope(x, torch.arange(x.shape[2]), base)
 
 
-def _base_ignored(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def base_forgotten(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """The argument base is not used: the speeds are those of 10,000. Llama 3 has 500,000."""
     return apply_rope(x, positions)
 
 
-def _angles_in_the_type_of_x(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+def angles_in_the_type_of_x(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
+    """With x in bf16 your positions or angles are bf16, too, and there position 257 is 256. Compute angles in
+    fp32 and round only the result."""
     if x.shape[-1] % 2:
         raise ValueError("odd")
     C = x.shape[-1]
@@ -153,52 +167,14 @@ BUILD = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "interleaved pairs",
-            _interleaved,
-            "You paired 2i with 2i+1. It is a valid RoPE, but Llama's layout pairs i with i + C/2, and our "
-            "weights expect that one.",
-        ),
-        Misconception(
-            "written back interleaved",
-            _written_back_interleaved,
-            "The halves were turned correctly, but stacked and flattened, so the two numbers of a pair came out "
-            "side by side. Channel i goes back to place i: concatenate the halves.",
-        ),
-        Misconception(
-            "exponent without its 2",
-            _half_exponent,
-            "Your speeds are base^(−i/C). Pair i turns with base^(−2i/C), so that C/2 pairs span the range from "
-            "1 down to nearly 1/base.",
-        ),
-        Misconception(
-            "clockwise",
-            _clockwise,
-            "The sine has the wrong sign: hands turn the other way. All distances are respected, but weights "
-            "that were trained the usual way do not fit. Minus belongs in the first half.",
-        ),
-        Misconception(
-            "no minus sign",
-            _no_minus,
-            "Both halves add their sine term. That is no rotation (lengths change): the first half subtracts.",
-        ),
-        Misconception(
-            "counts by itself",
-            _counts_itself,
-            "You used 0, 1, 2, … instead of the positions that were handed in. With a cache, the one new token "
-            "would always stand at 0.",
-        ),
-        Misconception(
-            "base forgotten",
-            _base_ignored,
-            "The argument base is not used: the speeds are those of 10,000. Llama 3 has 500,000.",
-        ),
-        Misconception(
-            "angles in the type of x",
-            _angles_in_the_type_of_x,
-            "With x in bf16 your positions or angles are bf16, too, and there position 257 is 256. Compute angles "
-            "in fp32 and round only the result.",
-        ),
+        interleaved_pairs,
+        written_back_interleaved,
+        exponent_without_its_2,
+        clockwise,
+        no_minus_sign,
+        counts_by_itself,
+        base_forgotten,
+        angles_in_the_type_of_x,
     ],
 )
 
@@ -366,19 +342,25 @@ def apply_rope_2d(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0)
     return torch.cat([apply_rope(by_row, rows, base), apply_rope(by_column, columns, base)], dim=-1)
 
 
-def _row_for_both(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def row_for_both(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """Both halves are turned by the row. Two patches of one row then look as if they stood on each other."""
     return apply_rope_2d(x, rows, rows, base)
 
 
-def _swapped(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def rows_and_columns_swapped(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """The first half was turned by the column. The exercise gives the first half to the row."""
     return apply_rope_2d(x, columns, rows, base)
 
 
-def _one_after_the_other(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def one_rotation_after_the_other(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """You turned all channels by the row and then all of them by the column. Angles add up, so only row +
+    column is left, and (2, 1) looks like (1, 2)."""
     return apply_rope(apply_rope(x, rows, base), columns, base)
 
 
-def _speeds_of_the_whole_head(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def speeds_of_the_whole_head(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """The exponent was divided by C, so each direction got only the fast half of the speeds. Each half is a
+    RoPE of its own, with C/2 channels."""
     C = x.shape[-1]
     speeds = base ** (-torch.arange(0, C // 2, 2) / C)  # C/4 speeds, spaced as for C channels
     halves = zip(x.chunk(2, dim=-1), (rows, columns), strict=True)
@@ -386,23 +368,29 @@ def _speeds_of_the_whole_head(x: Tensor, rows: Tensor, columns: Tensor, base: fl
     return torch.cat([rotate(half, a.cos(), a.sin()) for half, a in angles], dim=-1)
 
 
-def _pairs_of_the_whole_head(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def pairs_across_the_whole_head(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """Channels i and i + C/2 were paired, one from each half. A pair lies within one half: i and i + C/4."""
     C = x.shape[-1]
     speeds = base ** (-torch.arange(0, C // 2, 2) / (C // 2))
     angle = torch.cat([rows[:, None] * speeds, columns[:, None] * speeds], dim=-1)  # (T, C/2)
     return rotate(x, angle.cos(), angle.sin())
 
 
-def _interleaved_2d(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def neighbors_paired_within_a_half(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """Within each half you paired neighbors, 2i with 2i+1. Half-split pairs i with i + C/4 there."""
     by_row, by_column = x.chunk(2, dim=-1)
-    return torch.cat([_interleaved(by_row, rows, base), _interleaved(by_column, columns, base)], dim=-1)
+    return torch.cat(
+        [interleaved_pairs(by_row, rows, base), interleaved_pairs(by_column, columns, base)], dim=-1
+    )
 
 
-def _column_forgotten(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def columns_forgotten(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """The second half is not turned at all, so a score does not know the columns."""
     return apply_rope_2d(x, rows, torch.zeros_like(columns), base)
 
 
-def _base_of_text(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+def base_of_a_text(x: Tensor, rows: Tensor, columns: Tensor, base: float = 100.0) -> Tensor:
+    """The speeds are those of base 10,000 whatever base says."""
     return apply_rope_2d(x, rows, columns, 10_000.0)
 
 
@@ -470,48 +458,14 @@ EXTEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "row for both",
-            _row_for_both,
-            "Both halves are turned by the row. Two patches of one row then look as if they stood on each other.",
-        ),
-        Misconception(
-            "rows and columns swapped",
-            _swapped,
-            "The first half was turned by the column. The exercise gives the first half to the row.",
-        ),
-        Misconception(
-            "one rotation after the other",
-            _one_after_the_other,
-            "You turned all channels by the row and then all of them by the column. Angles add up, so only "
-            "row + column is left, and (2, 1) looks like (1, 2).",
-        ),
-        Misconception(
-            "speeds of the whole head",
-            _speeds_of_the_whole_head,
-            "The exponent was divided by C, so each direction got only the fast half of the speeds. Each half is "
-            "a RoPE of its own, with C/2 channels.",
-        ),
-        Misconception(
-            "pairs across the whole head",
-            _pairs_of_the_whole_head,
-            "Channels i and i + C/2 were paired, one from each half. A pair lies within one half: i and i + C/4.",
-        ),
-        Misconception(
-            "interleaved pairs",
-            _interleaved_2d,
-            "Within each half you paired neighbors, 2i with 2i+1. Half-split pairs i with i + C/4 there.",
-        ),
-        Misconception(
-            "columns forgotten",
-            _column_forgotten,
-            "The second half is not turned at all, so a score does not know the columns.",
-        ),
-        Misconception(
-            "base of a text",
-            _base_of_text,
-            "The speeds are those of base 10,000 whatever base says.",
-        ),
+        row_for_both,
+        rows_and_columns_swapped,
+        one_rotation_after_the_other,
+        speeds_of_the_whole_head,
+        pairs_across_the_whole_head,
+        neighbors_paired_within_a_half,
+        columns_forgotten,
+        base_of_a_text,
     ],
 )
 
@@ -529,37 +483,50 @@ def ntk_frequencies(d_head: int, base: float, factor: float) -> Tensor:
     return _frequencies(d_head, base * factor ** (d_head / (d_head - 2)) if d_head > 2 else base)
 
 
-def _ntk_base_times_factor(d_head: int, base: float, factor: float) -> Tensor:
+def the_base_times_the_factor(d_head: int, base: float, factor: float) -> Tensor:
+    """You multiplied the base by s. The slowest hand feels only the power (C − 2) / C of its base, so it came
+    out less than s times slower: the base must grow by a little more."""
     return _frequencies(d_head, base * factor)
 
 
-def _ntk_linear(d_head: int, base: float, factor: float) -> Tensor:
+def all_hands_slowed_alike(d_head: int, base: float, factor: float) -> Tensor:
+    """That is linear scaling: every hand is s times slower, the fastest as well. Here the base changes, so
+    that the fastest keeps its 1."""
     return _frequencies(d_head, base) / factor
 
 
-def _ntk_upside_down(d_head: int, base: float, factor: float) -> Tensor:
+def the_exponent_upside_down(d_head: int, base: float, factor: float) -> Tensor:
+    """The base grew by s to the power (C − 2) / C. Solve for it once more: k to that power must be s."""
     return _frequencies(d_head, base * factor ** ((d_head - 2) / d_head))
 
 
-def _ntk_faster(d_head: int, base: float, factor: float) -> Tensor:
+def faster_instead_of_slower(d_head: int, base: float, factor: float) -> Tensor:
+    """The base got smaller, so the slow hands turn faster and go round before the context ends. A larger base
+    means slower hands."""
     return _frequencies(d_head, base / factor ** (d_head / (d_head - 2)) if d_head > 2 else base)
 
 
-def _ntk_slowest_only(d_head: int, base: float, factor: float) -> Tensor:
+def only_the_slowest_hand(d_head: int, base: float, factor: float) -> Tensor:
+    """You slowed the last hand and left the others. One new base changes all of them, each a little more than
+    the one before."""
     frequencies = _frequencies(d_head, base)
     frequencies[1:][-1:] /= factor
     return frequencies
 
 
-def _ntk_even_steps(d_head: int, base: float, factor: float) -> Tensor:
+def in_even_steps(d_head: int, base: float, factor: float) -> Tensor:
+    """You divided the frequencies by numbers that rise evenly from 1 to s. With a new base the slowdowns are
+    powers of one number: they rise by equal factors, not by equal amounts."""
     return _frequencies(d_head, base) / torch.linspace(1, factor, d_head // 2)
 
 
-def _ntk_without_2(d_head: int, base: float, factor: float) -> Tensor:
+def half_the_exponent(d_head: int, base: float, factor: float) -> Tensor:
+    """Your speeds are b′^(−i/C). Pair i turns with b′^(−2i/C); so you have the square root of each speed."""
     return ntk_frequencies(d_head, base, factor).sqrt()
 
 
-def _ntk_without_minus(d_head: int, base: float, factor: float) -> Tensor:
+def exponent_without_its_minus(d_head: int, base: float, factor: float) -> Tensor:
+    """Your numbers rise from 1, and speeds fall from it: the exponent is −2i/C, with a minus."""
     return 1 / ntk_frequencies(d_head, base, factor)
 
 
@@ -593,51 +560,14 @@ NTK = Exercise(
         Probe("an odd d_head: a ValueError", lambda f: outcome(lambda: f(7, 10_000.0, 2.0)), equals()),
     ],
     misconceptions=[
-        Misconception(
-            "the base times the factor",
-            _ntk_base_times_factor,
-            "You multiplied the base by s. The slowest hand feels only the power (C − 2) / C of its base, so it came "
-            "out less than s times slower: the base must grow by a little more.",
-        ),
-        Misconception(
-            "all hands slowed alike",
-            _ntk_linear,
-            "That is linear scaling: every hand is s times slower, the fastest as well. Here the base changes, so that "
-            "the fastest keeps its 1.",
-        ),
-        Misconception(
-            "the exponent upside down",
-            _ntk_upside_down,
-            "The base grew by s to the power (C − 2) / C. Solve for it once more: k to that power must be s.",
-        ),
-        Misconception(
-            "faster instead of slower",
-            _ntk_faster,
-            "The base got smaller, so the slow hands turn faster and go round before the context ends. A larger base "
-            "means slower hands.",
-        ),
-        Misconception(
-            "only the slowest hand",
-            _ntk_slowest_only,
-            "You slowed the last hand and left the others. One new base changes all of them, each a little more than the "
-            "one before.",
-        ),
-        Misconception(
-            "in even steps",
-            _ntk_even_steps,
-            "You divided the frequencies by numbers that rise evenly from 1 to s. With a new base the slowdowns are powers "
-            "of one number: they rise by equal factors, not by equal amounts.",
-        ),
-        Misconception(
-            "exponent without its 2",
-            _ntk_without_2,
-            "Your speeds are b′^(−i/C). Pair i turns with b′^(−2i/C); so you have the square root of each speed.",
-        ),
-        Misconception(
-            "exponent without its minus",
-            _ntk_without_minus,
-            "Your numbers rise from 1, and speeds fall from it: the exponent is −2i/C, with a minus.",
-        ),
+        the_base_times_the_factor,
+        all_hands_slowed_alike,
+        the_exponent_upside_down,
+        faster_instead_of_slower,
+        only_the_slowest_hand,
+        in_even_steps,
+        half_the_exponent,
+        exponent_without_its_minus,
     ],
 )
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tutorial_lib.checks.probes import equals, fill_by_name, randn, same_parameters, same_shape
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.core.swiglu import SwiGLU, gated_width
 
 # ── 3.3.a  An inner product, written by hand ─────────────────────────────────────────────────────────────
@@ -30,46 +30,59 @@ def inner_product_weights(n: int) -> Weights:
     return _blocks(n)
 
 
-def _no_minus(n: int) -> Weights:
+def the_minus_is_missing(n: int) -> Weights:
+    """The two units are added: silu(a)·b + silu(-a)·b is nearly |a|·b for large a. Their difference gives
+    a·b, so the second content (or the second weight of down) needs a minus."""
     return _blocks(n, b=1.0)
 
 
-def _one_unit(n: int) -> Weights:
+def one_unit_for_a_product(n: int) -> Weights:
+    """silu(a)·b alone is a·b only while a is large and positive; for a negative a the gate is shut. A second
+    unit must look after those."""
     gate, up, down = _blocks(n)
     down[:, n:] = 0
     return gate, up, down
 
 
-def _one_unit_doubled(n: int) -> Weights:
+def one_unit_doubled(n: int) -> Weights:
+    """2·silu(a)·b starts like a·b at zero, where the slope of silu is one half, but it is no line: a second
+    unit that reads -a straightens it."""
     gate, up, down = _blocks(n)
     down[:, :n], down[:, n:] = 2, 0
     return gate, up, down
 
 
-def _twice_the_same(n: int) -> Weights:
+def twice_the_same_unit(n: int) -> Weights:
+    """Both units read a and say b, so the result is 2·silu(a)·b. The second gate must read -a, and its
+    content must be -b."""
     return _blocks(n, a=1.0, b=1.0)
 
 
-def _with_itself(n: int) -> Weights:
+def a_with_itself(n: int) -> Weights:
+    """Gate and content both read a, so you get a². Up has to read the right half of x."""
     gate, _, down = _blocks(n)
     return gate, gate.clone(), down
 
 
-def _all_with_all(n: int) -> Weights:
+def every_a_with_every_b(n: int) -> Weights:
+    """Each content is the sum of all b, so you get (sum of a)·(sum of b). Unit i needs b_i alone: an identity
+    block, not ones."""
     gate, up, down = _blocks(n)
     up = torch.cat([torch.zeros(2 * n, n), torch.ones(2 * n, n)], dim=1)
     up[n:] *= -1
     return gate, up, down
 
 
-def _neighbors(n: int) -> Weights:
+def a_and_b_in_turns(n: int) -> Weights:
+    """Your weights expect a₁ b₁ a₂ b₂ …, but here all of a comes first, then all of b."""
     gate, up, down = _blocks(n)
     order = torch.arange(2 * n).view(n, 2).T.flatten()  # where a, and then b, would stand in a₁ b₁ a₂ b₂ …
     back = order.argsort()
     return gate[:, back], up[:, back], down
 
 
-def _halved(n: int) -> Weights:
+def half_of_it(n: int) -> Weights:
+    """Everything is half as large as it should be: silu(z) − silu(−z) is z itself, so down needs ones."""
     gate, up, down = _blocks(n)
     return gate, up, down / 2
 
@@ -106,51 +119,14 @@ INNER = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "the minus is missing",
-            _no_minus,
-            "The two units are added: silu(a)·b + silu(-a)·b is nearly |a|·b for large a. Their difference gives "
-            "a·b, so the second content (or the second weight of down) needs a minus.",
-        ),
-        Misconception(
-            "one unit for a product",
-            _one_unit,
-            "silu(a)·b alone is a·b only while a is large and positive; for a negative a the gate is shut. A "
-            "second unit must look after those.",
-        ),
-        Misconception(
-            "one unit, doubled",
-            _one_unit_doubled,
-            "2·silu(a)·b starts like a·b at zero, where the slope of silu is one half, but it is no line: a "
-            "second unit that reads -a straightens it.",
-        ),
-        Misconception(
-            "twice the same unit",
-            _twice_the_same,
-            "Both units read a and say b, so the result is 2·silu(a)·b. The second gate must read -a, and its "
-            "content must be -b.",
-        ),
-        Misconception(
-            "a with itself",
-            _with_itself,
-            "Gate and content both read a, so you get a². Up has to read the right half of x.",
-        ),
-        Misconception(
-            "every a with every b",
-            _all_with_all,
-            "Each content is the sum of all b, so you get (sum of a)·(sum of b). Unit i needs b_i alone: an "
-            "identity block, not ones.",
-        ),
-        Misconception(
-            "a and b in turns",
-            _neighbors,
-            "Your weights expect a₁ b₁ a₂ b₂ …, but here all of a comes first, then all of b.",
-        ),
-        Misconception(
-            "half of it",
-            _halved,
-            "Everything is half as large as it should be: silu(z) − silu(−z) is z itself, so down needs ones.",
-        ),
+        the_minus_is_missing,
+        one_unit_for_a_product,
+        one_unit_doubled,
+        twice_the_same_unit,
+        a_with_itself,
+        every_a_with_every_b,
+        a_and_b_in_turns,
+        half_of_it,
     ],
 )
 
@@ -181,40 +157,61 @@ class _GatedMLP(SwiGLU):
             getattr(self, ours).weight.copy_(weights[f"{theirs}_proj.weight"])
 
 
-class _LoadsExchanged(_GatedMLP):
+class OnlyForwardIsMended(_GatedMLP):
+    """forward is right now, but load_llama still puts Llama's gate into up, and its up into gate. The shapes
+    are the same, so nothing complains."""
+
     names = ("up", "gate", "down")
 
 
-class _BendsUp(_GatedMLP):
+class OnlyTheLoaderIsMended(_GatedMLP):
+    """The weights now arrive where they belong, but forward still bends up in place of the gate: before, two
+    bugs canceled each other."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate * F.silu(up)
 
 
-class _TwoWrongs(_BendsUp):
+class OnlyTheWidthIsMended(OnlyTheLoaderIsMended):
+    """silu is still on up, so `up` is what opens and shuts. That the outputs with Llama's weights are right
+    comes from load_llama, which exchanges the two: mend both."""
+
     names = ("up", "gate", "down")
 
 
-class _AsGiven(_TwoWrongs):
+class AsItWasGiven(OnlyTheWidthIsMended):
+    """All three bugs are still there. Begin with the width: three matrices at ratio 4 are half again as many
+    parameters as a plain MLP has; equal cost is 8/3."""
+
     def width(self, d_model: int, multiple_of: int) -> int:
         return -(-4 * d_model // multiple_of) * multiple_of
 
 
-class _RoundedDown(_GatedMLP):
+class RoundedDown(_GatedMLP):
+    """The width is a multiple as asked, but the one below 8/3 · d_model. Take the ceiling."""
+
     def width(self, d_model: int, multiple_of: int) -> int:
         return 8 * d_model // (3 * multiple_of) * multiple_of
 
 
-class _BendsProduct(_GatedMLP):
+class TheProductIsBent(_GatedMLP):
+    """You bent gate · up. Then neither branch decides: only the gate goes through silu, and the product is
+    left as it is."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate * up)
 
 
-class _BendsBoth(_GatedMLP):
+class BothAreBent(_GatedMLP):
+    """silu is on both branches, so a content can hardly be negative any more. Only the gate is bent."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * F.silu(up)
 
 
-class _Sigmoid(_GatedMLP):
+class ASigmoidForAGate(_GatedMLP):
+    """This is the GLU of 2017, sigmoid(gate) · up. SwiGLU has silu there, which is z · sigmoid(z)."""
+
     def mix(self, gate: Tensor, up: Tensor) -> Tensor:
         return gate.sigmoid() * up
 
@@ -292,51 +289,14 @@ MEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "as it was given",
-            _AsGiven,
-            "All three bugs are still there. Begin with the width: three matrices at ratio 4 are half again as "
-            "many parameters as a plain MLP has; equal cost is 8/3.",
-        ),
-        Misconception(
-            "rounded down",
-            _RoundedDown,
-            "The width is a multiple as asked, but the one below 8/3 · d_model. Take the ceiling.",
-        ),
-        Misconception(
-            "only the width is mended",
-            _TwoWrongs,
-            "silu is still on up, so `up` is what opens and shuts. That the outputs with Llama's weights are "
-            "right comes from load_llama, which exchanges the two: mend both.",
-        ),
-        Misconception(
-            "the loader is mended, forward is not",
-            _BendsUp,
-            "The weights now arrive where they belong, but forward still bends up in place of the gate: before, "
-            "two bugs canceled each other.",
-        ),
-        Misconception(
-            "forward is mended, the loader is not",
-            _LoadsExchanged,
-            "forward is right now, but load_llama still puts Llama's gate into up, and its up into gate. The "
-            "shapes are the same, so nothing complains.",
-        ),
-        Misconception(
-            "the product is bent",
-            _BendsProduct,
-            "You bent gate · up. Then neither branch decides: only the gate goes through silu, and the product "
-            "is left as it is.",
-        ),
-        Misconception(
-            "both are bent",
-            _BendsBoth,
-            "silu is on both branches, so a content can hardly be negative any more. Only the gate is bent.",
-        ),
-        Misconception(
-            "a sigmoid for a gate",
-            _Sigmoid,
-            "This is the GLU of 2017, sigmoid(gate) · up. SwiGLU has silu there, which is z · sigmoid(z).",
-        ),
+        AsItWasGiven,
+        RoundedDown,
+        OnlyTheWidthIsMended,
+        OnlyTheLoaderIsMended,
+        OnlyForwardIsMended,
+        TheProductIsBent,
+        BothAreBent,
+        ASigmoidForAGate,
     ],
 )
 
@@ -374,7 +334,10 @@ class _Fused(nn.Module):
         self.down.weight.copy_(down)
 
 
-class _UpFirst(_Fused):
+class UpFirst(_Fused):
+    """You put up before the gate, in loading and in forward. That agrees with itself and with nobody else:
+    public checkpoints have the gate first, in both layouts."""
+
     def cut(self, both: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = super().cut(both)
         return up, gate
@@ -383,34 +346,51 @@ class _UpFirst(_Fused):
         return super().join(up, gate)
 
 
-class _LoadsUpFirst(_Fused):
+class LoadedUpFirst(_Fused):
+    """forward takes the gate first, as it should, but load_separate writes up first: gate and up are
+    exchanged."""
+
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
         return super().join(up, gate)
 
 
-class _AlwaysStacked(_Fused):
+class AlwaysStacked(_Fused):
+    """`interleaved` is not looked at: with it, gate and up come in turns, and a cut in halves mixes them."""
+
     def __init__(self, d_model: int, d_mlp: int, interleaved: bool = False) -> None:
         super().__init__(d_model, d_mlp)
 
 
-class _AlwaysInTurns(_Fused):
+class AlwaysInTurns(_Fused):
+    """Every second channel is taken for the gate, in the stacked layout too, where the gate is the first
+    half."""
+
     def __init__(self, d_model: int, d_mlp: int, interleaved: bool = False) -> None:
         super().__init__(d_model, d_mlp, interleaved=True)
 
 
-class _LoadsStacked(_Fused):
+class InterleavedOnTheWayOutOnly(_Fused):
+    """forward reads the rows in turns, but load_separate has stacked them. The rows must be dealt in turns
+    when they are written, too."""
+
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
         return torch.cat([gate, up])
 
 
-class _InterleavesColumns(_Fused):
+class ColumnsInTurns(_Fused):
+    """You interleaved the numbers within the rows. A whole row belongs to one unit: stack along a new
+    dimension after the rows (dim=1), and flatten the first two."""
+
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.interleaved:
             return torch.stack([gate, up], dim=2).flatten(1).view(2 * gate.shape[0], -1)
         return torch.cat([gate, up])
 
 
-class _NotDoubled(_Fused):
+class NotDoubled(_Fused):
+    """gate_up has d_mlp rows, so gate and up have half of the width each. d_mlp is the width of each: 2 ·
+    d_mlp rows."""
+
     def __init__(self, d_model: int, d_mlp: int, interleaved: bool = False) -> None:
         super().__init__(d_model, d_mlp, interleaved)
         self.gate_up = nn.Linear(d_model, d_mlp, bias=False)
@@ -501,47 +481,13 @@ FUSE = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "up first",
-            _UpFirst,
-            "You put up before the gate, in loading and in forward. That agrees with itself and with nobody "
-            "else: public checkpoints have the gate first, in both layouts.",
-        ),
-        Misconception(
-            "loaded up first",
-            _LoadsUpFirst,
-            "forward takes the gate first, as it should, but load_separate writes up first: gate and up are "
-            "exchanged.",
-        ),
-        Misconception(
-            "always stacked",
-            _AlwaysStacked,
-            "`interleaved` is not looked at: with it, gate and up come in turns, and a cut in halves mixes them.",
-        ),
-        Misconception(
-            "always in turns",
-            _AlwaysInTurns,
-            "Every second channel is taken for the gate, in the stacked layout too, where the gate is the first "
-            "half.",
-        ),
-        Misconception(
-            "interleaved on the way out only",
-            _LoadsStacked,
-            "forward reads the rows in turns, but load_separate has stacked them. The rows must be dealt in "
-            "turns when they are written, too.",
-        ),
-        Misconception(
-            "columns in turns",
-            _InterleavesColumns,
-            "You interleaved the numbers within the rows. A whole row belongs to one unit: stack along a new "
-            "dimension after the rows (dim=1), and flatten the first two.",
-        ),
-        Misconception(
-            "not doubled",
-            _NotDoubled,
-            "gate_up has d_mlp rows, so gate and up have half of the width each. d_mlp is the width of each: "
-            "2 · d_mlp rows.",
-        ),
+        UpFirst,
+        LoadedUpFirst,
+        AlwaysStacked,
+        AlwaysInTurns,
+        InterleavedOnTheWayOutOnly,
+        ColumnsInTurns,
+        NotDoubled,
     ],
 )
 

@@ -666,14 +666,17 @@ def _pool(pool: Callable[[Tensor, int, int], Tensor]) -> Callable[[Tensor, int, 
     return wrong
 
 
-def _channels_outside(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+def channels_outside_heads_inside(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    """You read the rows as channel by channel, each with all heads. They lie head by head: the first C rows
+    are head 0. The order is (group, member, channel)."""
     if n_heads % n_kv_heads:
         raise ValueError("unequal groups")
     groups = weight.reshape(-1, n_kv_heads, n_heads // n_kv_heads, *weight.shape[1:])  # (C, G, H/G, ...)
     return groups.mean(dim=2).flatten(0, 1)
 
 
-def _never_complains(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+def heads_left_over_are_dropped(weight: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    """With 5 heads and 2 groups one head was silently left out: say so with a ValueError."""
     size = n_heads // n_kv_heads
     heads = weight.reshape(n_heads, -1, *weight.shape[1:])[: n_kv_heads * size]
     return heads.unflatten(0, (n_kv_heads, size)).mean(dim=1).flatten(0, 1)
@@ -764,17 +767,8 @@ SHARE = Exercise(
             _pool(lambda heads, H, G: heads.mean(dim=0, keepdim=True).expand(G, *heads.shape[1:])),
             "Every group got the mean of all heads. Only the members of a group are averaged.",
         ),
-        Misconception(
-            "channels outside, heads inside",
-            _channels_outside,
-            "You read the rows as channel by channel, each with all heads. They lie head by head: the first C rows are "
-            "head 0. The order is (group, member, channel).",
-        ),
-        Misconception(
-            "heads left over are dropped",
-            _never_complains,
-            "With 5 heads and 2 groups one head was silently left out: say so with a ValueError.",
-        ),
+        channels_outside_heads_inside,
+        heads_left_over_are_dropped,
     ],
 )
 

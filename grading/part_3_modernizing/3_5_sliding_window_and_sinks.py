@@ -33,42 +33,65 @@ def _real(query: Tensor, key: Tensor) -> Tensor:
     return (key >= 0) | (query < 0)
 
 
-def _one_too_many(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def one_token_too_many(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+    """Your window counts the tokens before the token itself, so it shows window + 1. The token itself is one
+    of them: the difference of the positions is less than the window, not equal to it."""
     return who_sees_whom(query_positions, key_positions, window + 1, sinks)
 
 
-def _both_needed(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def near_and_a_sink(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+    """A token had to be near and a sink at once, so soon nobody sees anything. It is enough to be one of
+    them: join these two with or."""
     query, key = _pairs(query_positions, key_positions)
     near = (query - key < window) & (key < sinks) if sinks else query - key < window
     return (key <= query) & near & _real(query, key)
 
 
-def _sinks_escape(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def sinks_escape_causality(
+    query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0
+) -> Tensor:
+    """The sinks were added after the causal rule, by or, so the first tokens see sinks that come later. In
+    the past, and (near or a sink): & binds tighter than |, so the brackets are needed."""
     query, key = _pairs(query_positions, key_positions)
     return (((key <= query) & (query - key < window)) | (key < sinks)) & _real(query, key)
 
 
-def _both_ways(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def the_window_goes_both_ways(
+    query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0
+) -> Tensor:
+    """You compared the absolute distance, so a token sees as many tokens after it as before it. A language
+    model's window only looks back."""
     query, key = _pairs(query_positions, key_positions)
     return (((query - key).abs() < window) | (key < sinks)) & _real(query, key)
 
 
-def _padding_is_seen(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def padding_is_seen(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+    """Position −1 is in everybody's past, near the first tokens, and below any number of sinks, so real
+    tokens see padding. Say explicitly that a key at −1 is not for them."""
     query, key = _pairs(query_positions, key_positions)
     return (key <= query) & ((query - key < window) | (key < sinks))
 
 
-def _blind_padding(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def padding_is_blind(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+    """No row of padding sees anything, and a softmax over nothing is NaN. Let padding see padding."""
     return who_sees_whom(query_positions, key_positions, window, sinks) & (key_positions >= 0)[..., None, :]
 
 
-def _places(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def places_instead_of_positions(
+    query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0
+) -> Tensor:
+    """You counted rows and columns. That is right only when every key lies at its position; in a chunk, a
+    ring or a padded row it does not. Compare the positions that were handed in."""
     T, K = query_positions.shape[-1], key_positions.shape[-1]
     mask = who_sees_whom(torch.arange(T), torch.arange(K), window, sinks)
     return mask.expand(*query_positions.shape[:-1], T, K)
 
 
-def _first_columns(query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0) -> Tensor:
+def the_first_columns_are_the_sinks(
+    query_positions: Tensor, key_positions: Tensor, window: int, sinks: int = 0
+) -> Tensor:
+    """You took the first columns for sinks, wherever their tokens stand. With left padding or in a ring the
+    first columns hold other tokens: a sink is a key whose position is below sinks."""
     query, key = _pairs(query_positions, key_positions)
     near = (query - key < window) | (torch.arange(key_positions.shape[-1]) < sinks)
     return (key <= query) & near & _real(query, key)
@@ -154,53 +177,14 @@ BUILD = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "one token too many",
-            _one_too_many,
-            "Your window counts the tokens before the token itself, so it shows window + 1. The token itself is "
-            "one of them: the difference of the positions is less than the window, not equal to it.",
-        ),
-        Misconception(
-            "near and a sink",
-            _both_needed,
-            "A token had to be near and a sink at once, so soon nobody sees anything. It is enough to be one of "
-            "them: join these two with or.",
-        ),
-        Misconception(
-            "sinks escape causality",
-            _sinks_escape,
-            "The sinks were added after the causal rule, by or, so the first tokens see sinks that come later. "
-            "In the past, and (near or a sink): & binds tighter than |, so the brackets are needed.",
-        ),
-        Misconception(
-            "the window goes both ways",
-            _both_ways,
-            "You compared the absolute distance, so a token sees as many tokens after it as before it. A "
-            "language model's window only looks back.",
-        ),
-        Misconception(
-            "padding is seen",
-            _padding_is_seen,
-            "Position −1 is in everybody's past, near the first tokens, and below any number of sinks, so real "
-            "tokens see padding. Say explicitly that a key at −1 is not for them.",
-        ),
-        Misconception(
-            "padding is blind",
-            _blind_padding,
-            "No row of padding sees anything, and a softmax over nothing is NaN. Let padding see padding.",
-        ),
-        Misconception(
-            "places instead of positions",
-            _places,
-            "You counted rows and columns. That is right only when every key lies at its position; in a chunk, "
-            "a ring or a padded row it does not. Compare the positions that were handed in.",
-        ),
-        Misconception(
-            "the first columns are the sinks",
-            _first_columns,
-            "You took the first columns for sinks, wherever their tokens stand. With left padding or in a ring "
-            "the first columns hold other tokens: a sink is a key whose position is below sinks.",
-        ),
+        one_token_too_many,
+        near_and_a_sink,
+        sinks_escape_causality,
+        the_window_goes_both_ways,
+        padding_is_seen,
+        padding_is_blind,
+        places_instead_of_positions,
+        the_first_columns_are_the_sinks,
     ],
 )
 
@@ -224,41 +208,55 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _cropped(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def cropped_with_is_causal(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The keys are the last ones of the text, and the kernel's triangle starts at the first of them, so early
+    queries meet keys from their future. Leave the keys whole, and say with a mask who sees whom."""
     k, v = k[:, :, -window:], v[:, :, -window:]
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
-def _no_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def no_window(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Causal, but every token sees its whole past: the far end of the window is missing."""
     query, key = _positions(q, k)
     return _attend(q, k, v, key <= query)
 
 
-def _window_and_one(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def the_window_and_one_more(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Each token sees itself and window others. It is one of the window: the distance must be less than the
+    window."""
     return windowed_attention(q, k, v, window + 1)
 
 
-def _upper_left(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def queries_counted_from_0(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Right while T = K. But the queries are the last T tokens: with K keys the first of them stands at K −
+    T, not at 0."""
     query, key = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
     return _attend(q, k, v, (key <= query) & (query - key < window))
 
 
-def _ones_added(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def the_mask_as_numbers(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """A mask of floats is added to the scores: 1 for visible and 0 for hidden hides nothing. Pass booleans,
+    or −∞ for what is hidden."""
     query, key = _positions(q, k)
     return _attend(q, k, v, ((key <= query) & (query - key < window)).to(q.dtype))
 
 
-def _only_near(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def only_the_far_end(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Distances to the future are negative, hence less than the window: without a second condition, key ≤
+    query, everybody sees all that is to come."""
     query, key = _positions(q, k)
     return _attend(q, k, v, query - key < window)
 
 
-def _inverted(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def True_means_hidden(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The mask is upside down: for F.scaled_dot_product_attention True means may attend."""
     query, key = _positions(q, k)
     return _attend(q, k, v, ~((key <= query) & (query - key < window)))
 
 
-def _cropped_and_masked(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def masked_but_still_cropped(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """The mask is right, but the keys that early queries need are gone: the crop is measured from the last
+    token, and with T queries the first looks T − 1 further back. Keep the keys."""
     query, key = _positions(q, k)
     mask = (key <= query) & (query - key < window)
     return _attend(q, k[:, :, -window:], v[:, :, -window:], mask[:, -window:])
@@ -308,52 +306,14 @@ DEBUG = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "cropped, with is_causal",
-            _cropped,
-            "The keys are the last ones of the text, and the kernel's triangle starts at the first of them, so "
-            "early queries meet keys from their future. Leave the keys whole, and say with a mask who sees whom.",
-        ),
-        Misconception(
-            "no window",
-            _no_window,
-            "Causal, but every token sees its whole past: the far end of the window is missing.",
-        ),
-        Misconception(
-            "one token too many",
-            _window_and_one,
-            "Each token sees itself and window others. It is one of the window: the distance must be less than "
-            "the window.",
-        ),
-        Misconception(
-            "queries counted from 0",
-            _upper_left,
-            "Right while T = K. But the queries are the last T tokens: with K keys the first of them stands at "
-            "K − T, not at 0.",
-        ),
-        Misconception(
-            "the mask as numbers",
-            _ones_added,
-            "A mask of floats is added to the scores: 1 for visible and 0 for hidden hides nothing. Pass "
-            "booleans, or −∞ for what is hidden.",
-        ),
-        Misconception(
-            "only the far end",
-            _only_near,
-            "Distances to the future are negative, hence less than the window: without a second condition, key "
-            "≤ query, everybody sees all that is to come.",
-        ),
-        Misconception(
-            "True means hidden",
-            _inverted,
-            "The mask is upside down: for F.scaled_dot_product_attention True means may attend.",
-        ),
-        Misconception(
-            "masked, but still cropped",
-            _cropped_and_masked,
-            "The mask is right, but the keys that early queries need are gone: the crop is measured from the "
-            "last token, and with T queries the first looks T − 1 further back. Keep the keys.",
-        ),
+        cropped_with_is_causal,
+        no_window,
+        the_window_and_one_more,
+        queries_counted_from_0,
+        the_mask_as_numbers,
+        only_the_far_end,
+        True_means_hidden,
+        masked_but_still_cropped,
     ],
 )
 

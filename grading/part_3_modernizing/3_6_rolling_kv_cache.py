@@ -251,38 +251,56 @@ class StreamingHead:
         return scores.softmax(0) @ self.values[:held]
 
 
-class _SinksInTheRing(StreamingHead):
+class SinksInTheRing(StreamingHead):
+    """The remainder by sinks + window makes one ring of all slots, and the first token to come round
+    overwrites sink 0. Only what follows the sinks goes round, by `window`."""
+
     def _slot(self, p: int) -> int:
         return p % (self.sinks + self.window)
 
 
-class _TurnedBySlot(StreamingHead):
+class TurnedByTheSlot(StreamingHead):
+    """Query and key are rotated by the slot, so after each round positions restart and the newest token may
+    seem to stand before the others. Rotate by the position in the text, which never restarts."""
+
     def _angle(self, p: int) -> int:
         return self._slot(p)
 
 
-class _BothOfThem(_SinksInTheRing):
+class SinksInTheRingAndTurnedByTheSlot(SinksInTheRing):
+    """Two bugs are left: the ring overwrites its sinks, and the rotation follows the slot and not the
+    position."""
+
     def _angle(self, p: int) -> int:
         return self._slot(p)
 
 
-class _OnlyKeysRestart(_TurnedBySlot):
+class OnlyTheKeysRestart(TurnedByTheSlot):
+    """The query is rotated by its position now, the key still by its slot. What counts is the difference of
+    the two, so both need the position."""
+
     def _query_angle(self, p: int) -> int:
         return p
 
 
-class _EmptySlotsSeen(StreamingHead):
+class EmptySlotsAreSeen(StreamingHead):
+    """Slots that nobody wrote to hold zeros, and a key of zeros has the score 0, which is not −∞: they take
+    weight from the others. Look only at the slots that are filled."""
+
     def _held(self) -> int:
         return self.sinks + self.window
 
 
-class _OneSlotShort(StreamingHead):
+class OneSlotIsNeverRead(StreamingHead):
+    """Once the ring is full all of it is filled: sinks + window slots, and not one fewer."""
+
     def _held(self) -> int:
         return min(self.position, self.sinks + self.window - 1)
 
 
-class _WrapsBackwards(StreamingHead):
-    """Takes the remainder by window, without the sinks: sinks are right, until the ring runs over them."""
+class TheRemainderWithoutTheSinks(StreamingHead):
+    """After the first round you used p mod window, which starts at slot 0, where the sinks are. Take the
+    sinks off before the remainder, and add them again after it."""
 
     def _slot(self, p: int) -> int:
         return p if p < self.sinks + self.window else p % self.window
@@ -381,47 +399,13 @@ HEAD = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "empty slots are seen",
-            _EmptySlotsSeen,
-            "Slots that nobody wrote to hold zeros, and a key of zeros has the score 0, which is not −∞: they "
-            "take weight from the others. Look only at the slots that are filled.",
-        ),
-        Misconception(
-            "sinks in the ring",
-            _SinksInTheRing,
-            "The remainder by sinks + window makes one ring of all slots, and the first token to come round "
-            "overwrites sink 0. Only what follows the sinks goes round, by `window`.",
-        ),
-        Misconception(
-            "turned by the slot",
-            _TurnedBySlot,
-            "Query and key are rotated by the slot, so after each round positions restart and the newest token "
-            "may seem to stand before the others. Rotate by the position in the text, which never restarts.",
-        ),
-        Misconception(
-            "sinks in the ring, and turned by the slot",
-            _BothOfThem,
-            "Two bugs are left: the ring overwrites its sinks, and the rotation follows the slot and not the "
-            "position.",
-        ),
-        Misconception(
-            "only the keys restart",
-            _OnlyKeysRestart,
-            "The query is rotated by its position now, the key still by its slot. What counts is the difference "
-            "of the two, so both need the position.",
-        ),
-        Misconception(
-            "one slot is never read",
-            _OneSlotShort,
-            "Once the ring is full all of it is filled: sinks + window slots, and not one fewer.",
-        ),
-        Misconception(
-            "the remainder without the sinks",
-            _WrapsBackwards,
-            "After the first round you used p mod window, which starts at slot 0, where the sinks are. Take "
-            "the sinks off before the remainder, and add them again after it.",
-        ),
+        EmptySlotsAreSeen,
+        SinksInTheRing,
+        TurnedByTheSlot,
+        SinksInTheRingAndTurnedByTheSlot,
+        OnlyTheKeysRestart,
+        OneSlotIsNeverRead,
+        TheRemainderWithoutTheSinks,
     ],
 )
 

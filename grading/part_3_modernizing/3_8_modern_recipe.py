@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tutorial_lib.checks.probes import equals, holds, outcome, randn, same_shape
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.train import muon
 
 __all__ = ["EXERCISES"]
@@ -38,19 +38,26 @@ def _norm(X: Tensor) -> Tensor:
     return X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
 
 
-def _not_divided(matrices: Tensor, steps: int = 5) -> Tensor:
+def not_divided_by_the_norm(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The polynomial keeps values between 0 and about 1 there; beyond, the fifth power sends them to
+    infinity. Divide by the Frobenius norm first: no singular value is larger than that."""
     return _iterate(matrices, steps)
 
 
-def _one_norm(matrices: Tensor, steps: int = 5) -> Tensor:
+def one_norm_for_the_whole_batch(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The norm was taken over the batch too, so a matrix with a small gradient starts far below 1 beside a
+    large neighbor. dim=(-2, -1) gives each matrix its own."""
     return _iterate(matrices / matrices.norm().clamp(min=1e-7), steps)
 
 
-def _rows(matrices: Tensor, steps: int = 5) -> Tensor:
+def rows_of_length_one(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Each row was divided by its own length. That turns the directions, and the largest singular value can
+    still be √m. Divide the whole matrix by one number."""
     return _iterate(matrices / matrices.norm(dim=-1, keepdim=True).clamp(min=1e-7), steps)
 
 
-def _elementwise_square(matrices: Tensor, steps: int = 5) -> Tensor:
+def squared_entry_by_entry(matrices: Tensor, steps: int = 5) -> Tensor:
+    """A**2 squares every entry. The polynomial of the singular values needs the matrix product A @ A."""
     a, b, c = COEFFICIENTS
     X = matrices / _norm(matrices)
     for _ in range(steps):
@@ -59,22 +66,29 @@ def _elementwise_square(matrices: Tensor, steps: int = 5) -> Tensor:
     return X
 
 
-def _not_transposed_back(matrices: Tensor, steps: int = 5) -> Tensor:
+def not_transposed_back(matrices: Tensor, steps: int = 5) -> Tensor:
+    """A tall matrix was transposed at the beginning, and stayed so: a step must have the shape of its
+    weight."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     X = matrices.mT if tall else matrices
     return _iterate(X / _norm(X), steps)
 
 
-def _large_gram(matrices: Tensor, steps: int = 5) -> Tensor:
+def the_larger_Gram_matrix(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Right numbers at too high a price: a tall matrix has a large X Xᵀ. Transpose it first, and the products
+    shrink to min(m, n)."""
     return _iterate(matrices / _norm(matrices), steps)
 
 
-def _no_zero(matrices: Tensor, steps: int = 5) -> Tensor:
+def zero_divided_by_zero(matrices: Tensor, steps: int = 5) -> Tensor:
+    """A weight whose gradient is zero (a layer that was not used) has norm 0, and 0 / 0 is NaN, which stays
+    in the weights for good. Clamp the norm."""
     X = matrices / matrices.norm(dim=(-2, -1), keepdim=True)
     return _iterate(X, steps)
 
 
-def _in_place(matrices: Tensor, steps: int = 5) -> Tensor:
+def the_input_was_overwritten(matrices: Tensor, steps: int = 5) -> Tensor:
+    """/= writes into the caller's tensor: that is the momentum, or a gradient that somebody still needs."""
     matrices /= _norm(matrices)
     return newton_schulz(matrices, steps)
 
@@ -145,51 +159,14 @@ BUILD = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "not divided by the norm",
-            _not_divided,
-            "The polynomial keeps values between 0 and about 1 there; beyond, the fifth power sends them to "
-            "infinity. Divide by the Frobenius norm first: no singular value is larger than that.",
-        ),
-        Misconception(
-            "one norm for the whole batch",
-            _one_norm,
-            "The norm was taken over the batch too, so a matrix with a small gradient starts far below 1 beside a "
-            "large neighbor. dim=(-2, -1) gives each matrix its own.",
-        ),
-        Misconception(
-            "rows of length one",
-            _rows,
-            "Each row was divided by its own length. That turns the directions, and the largest singular value can "
-            "still be √m. Divide the whole matrix by one number.",
-        ),
-        Misconception(
-            "squared entry by entry",
-            _elementwise_square,
-            "A**2 squares every entry. The polynomial of the singular values needs the matrix product A @ A.",
-        ),
-        Misconception(
-            "not transposed back",
-            _not_transposed_back,
-            "A tall matrix was transposed at the beginning, and stayed so: a step must have the shape of its weight.",
-        ),
-        Misconception(
-            "the larger Gram matrix",
-            _large_gram,
-            "Right numbers at too high a price: a tall matrix has a large X Xᵀ. Transpose it first, and the products "
-            "shrink to min(m, n).",
-        ),
-        Misconception(
-            "zero divided by zero",
-            _no_zero,
-            "A weight whose gradient is zero (a layer that was not used) has norm 0, and 0 / 0 is NaN, which stays in "
-            "the weights for good. Clamp the norm.",
-        ),
-        Misconception(
-            "the input was overwritten",
-            _in_place,
-            "/= writes into the caller's tensor: that is the momentum, or a gradient that somebody still needs.",
-        ),
+        not_divided_by_the_norm,
+        one_norm_for_the_whole_batch,
+        rows_of_length_one,
+        squared_entry_by_entry,
+        not_transposed_back,
+        the_larger_Gram_matrix,
+        zero_divided_by_zero,
+        the_input_was_overwritten,
     ],
 )
 
@@ -212,46 +189,60 @@ def muon_step(
     weight.sub_(lr * 0.2 * max(weight.shape) ** 0.5 * direction)
 
 
-def _given(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def all_three_bugs(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """This is the version that was given. Begin with a gradient of zero and look at what the decay does."""
     gradient = gradient + weight_decay * weight
     memory.lerp_(gradient, 1 - momentum)
     weight.sub_(lr * 0.2 * weight.shape[0] ** 0.5 * muon.orthogonalize(memory))
 
 
-def _decay_inside(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def the_decay_in_the_gradient(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """λW was added to the gradient and then orthogonalized with it, which forgets how large it was. Decay is
+    a factor on the weight."""
     muon_step(weight, gradient + weight_decay * weight, memory, lr, 0.0, momentum)
 
 
-def _decay_without_rate(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def the_decay_without_the_rate(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """The weight was multiplied by 1 − λ. The decay is multiplied by the rate, 1 − ηλ, so that it fades with
+    the schedule."""
     muon_step(weight, gradient, memory, lr, weight_decay / lr, momentum)
 
 
-def _decay_after(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def the_decay_after_the_step(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """The weight was decayed after it had moved, so the new step shrinks, too. The factor acts on the old
+    weight."""
     muon_step(weight, gradient, memory, lr, 0.0, momentum)
     weight.mul_(1 - lr * weight_decay)
 
 
-def _no_nesterov(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def no_Nesterov(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """The memory itself was orthogonalized. Mix the gradient in once more: μM + (1 − μ)G with the new M."""
     memory.lerp_(gradient, 1 - momentum)
     weight.mul_(1 - lr * weight_decay)
     weight.sub_(lr * 0.2 * max(weight.shape) ** 0.5 * muon.orthogonalize(memory))
 
 
-def _scale_of_rows(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def the_scale_of_the_rows(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """√m is right for square and tall matrices only. An orthogonal m × n matrix has entries of 1/√max(m,
+    n)."""
     memory.lerp_(gradient, 1 - momentum)
     weight.mul_(1 - lr * weight_decay)
     direction = muon.orthogonalize(gradient.lerp(memory, momentum))
     weight.sub_(lr * 0.2 * weight.shape[0] ** 0.5 * direction)
 
 
-def _orthogonal_first(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def orthogonalized_first_averaged_afterwards(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """Each gradient was orthogonalized before it went into the mean: the noise of every batch is then as
+    large as its signal. Average first."""
     direction = muon.orthogonalize(gradient)
     memory.lerp_(direction, 1 - momentum)
     weight.mul_(1 - lr * weight_decay)
     weight.sub_(lr * 0.2 * max(weight.shape) ** 0.5 * direction.lerp(memory, momentum))
 
 
-def _forgets(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+def the_memory_is_not_kept(weight, gradient, memory, lr, weight_decay=0.1, momentum=0.95):
+    """A new tensor was made for the memory, so the caller's stays what it was, and each step begins from the
+    same past. lerp_ writes in place."""
     muon_step(weight, gradient, memory.clone(), lr, weight_decay, momentum)
 
 
@@ -310,51 +301,14 @@ DEBUG = Exercise(
         Probe("the gradient stays as it is", _gradient_kept, equals()),
     ],
     misconceptions=[
-        Misconception(
-            "all three bugs",
-            _given,
-            "This is the version that was given. Begin with a gradient of zero and look at what the decay does.",
-        ),
-        Misconception(
-            "the decay in the gradient",
-            _decay_inside,
-            "λW was added to the gradient and then orthogonalized with it, which forgets how large it was. Decay is a "
-            "factor on the weight.",
-        ),
-        Misconception(
-            "the decay without the rate",
-            _decay_without_rate,
-            "The weight was multiplied by 1 − λ. The decay is multiplied by the rate, 1 − ηλ, so that it fades with "
-            "the schedule.",
-        ),
-        Misconception(
-            "the decay after the step",
-            _decay_after,
-            "The weight was decayed after it had moved, so the new step shrinks, too. The factor acts on the old "
-            "weight.",
-        ),
-        Misconception(
-            "no Nesterov",
-            _no_nesterov,
-            "The memory itself was orthogonalized. Mix the gradient in once more: μM + (1 − μ)G with the new M.",
-        ),
-        Misconception(
-            "the scale of the rows",
-            _scale_of_rows,
-            "√m is right for square and tall matrices only. An orthogonal m × n matrix has entries of 1/√max(m, n).",
-        ),
-        Misconception(
-            "orthogonalized first, averaged afterwards",
-            _orthogonal_first,
-            "Each gradient was orthogonalized before it went into the mean: the noise of every batch is then as large "
-            "as its signal. Average first.",
-        ),
-        Misconception(
-            "the memory is not kept",
-            _forgets,
-            "A new tensor was made for the memory, so the caller's stays what it was, and each step begins from the "
-            "same past. lerp_ writes in place.",
-        ),
+        all_three_bugs,
+        the_decay_in_the_gradient,
+        the_decay_without_the_rate,
+        the_decay_after_the_step,
+        no_Nesterov,
+        the_scale_of_the_rows,
+        orthogonalized_first_averaged_afterwards,
+        the_memory_is_not_kept,
     ],
 )
 
@@ -383,41 +337,52 @@ def per_head_step(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
     return torch.cat([_scaled(part) for part in momentum.chunk(n_heads, dim)], dim)
 
 
-def _as_one(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def all_heads_as_one_matrix(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """The whole stack was orthogonalized: a head with large gradients then takes the say of the others."""
     _check_heads(momentum, n_heads, dim)
     return _scaled(momentum)
 
 
-def _in_turns(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def heads_in_turns(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """Head h took every H-th channel. The projection is split into blocks: head 0 owns channels 0 … C−1."""
     _check_heads(momentum, n_heads, dim)
     parts = momentum.unflatten(dim, (-1, n_heads)).movedim(dim + 1, 0)  # head h: every n_heads-th channel
     return _scaled(parts).movedim(0, dim + 1).flatten(dim, dim + 1)
 
 
-def _always_rows(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def rows_whatever_dim_says(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """The output matrix was cut into rows. It reads the heads side by side, so they are blocks of its
+    columns."""
     _check_heads(momentum, n_heads, dim)
     return torch.cat([_scaled(part) for part in momentum.tensor_split(n_heads)])
 
 
-def _scale_of_all(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def the_scale_of_the_whole_matrix(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """The scale took the longer side of the whole matrix. What was orthogonalized is a block, and the size of
+    its entries depends on the block's sides."""
     _check_heads(momentum, n_heads, dim)
     parts = [muon.orthogonalize(part) for part in momentum.chunk(n_heads, dim)]
     return 0.2 * max(momentum.shape) ** 0.5 * torch.cat(parts, dim)
 
 
-def _not_scaled(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def not_scaled(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """The factor 0.2·√max(m, n) is missing, so the entries shrink as the matrix grows."""
     _check_heads(momentum, n_heads, dim)
     return torch.cat([muon.orthogonalize(part) for part in momentum.chunk(n_heads, dim)], dim)
 
 
-def _reshaped_columns(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def columns_by_reshape(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """reshape(H, D, C) reads memory row by row, and mixes rows and heads. Transpose first, or unflatten
+    dimension 1 and move it to the front."""
     if dim == 0:
         return per_head_step(momentum, n_heads)
     _check_heads(momentum, n_heads, dim)
     return _scaled(momentum.reshape(n_heads, momentum.shape[0], -1)).reshape(momentum.shape)
 
 
-def _rest_dropped(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+def uneven_heads(momentum: Tensor, n_heads: int, dim: int = 0) -> Tensor:
+    """Channels that do not split evenly were cut into unequal pieces in silence. That is a wrong
+    configuration: raise a ValueError."""
     parts = momentum.tensor_split(n_heads, dim)
     return torch.cat([_scaled(part) for part in parts], dim)
 
@@ -465,44 +430,13 @@ EXTEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "all heads as one matrix",
-            _as_one,
-            "The whole stack was orthogonalized: a head with large gradients then takes the say of the others.",
-        ),
-        Misconception(
-            "heads in turns",
-            _in_turns,
-            "Head h took every H-th channel. The projection is split into blocks: head 0 owns channels 0 … C−1.",
-        ),
-        Misconception(
-            "rows, whatever dim says",
-            _always_rows,
-            "The output matrix was cut into rows. It reads the heads side by side, so they are blocks of its columns.",
-        ),
-        Misconception(
-            "the scale of the whole matrix",
-            _scale_of_all,
-            "The scale took the longer side of the whole matrix. What was orthogonalized is a block, and the size of "
-            "its entries depends on the block's sides.",
-        ),
-        Misconception(
-            "not scaled",
-            _not_scaled,
-            "The factor 0.2·√max(m, n) is missing, so the entries shrink as the matrix grows.",
-        ),
-        Misconception(
-            "columns by reshape",
-            _reshaped_columns,
-            "reshape(H, D, C) reads memory row by row, and mixes rows and heads. Transpose first, or unflatten "
-            "dimension 1 and move it to the front.",
-        ),
-        Misconception(
-            "uneven heads",
-            _rest_dropped,
-            "Channels that do not split evenly were cut into unequal pieces in silence. That is a wrong configuration: "
-            "raise a ValueError.",
-        ),
+        all_heads_as_one_matrix,
+        heads_in_turns,
+        rows_whatever_dim_says,
+        the_scale_of_the_whole_matrix,
+        not_scaled,
+        columns_by_reshape,
+        uneven_heads,
     ],
 )
 

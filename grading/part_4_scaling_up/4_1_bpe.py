@@ -36,19 +36,24 @@ def _merge_word(word: list[int], pair: Pair, new: int) -> Any:
     return merged, _changes(word, merged)
 
 
-def _only_the_pair(word: list[int], pair: Pair, new: int) -> Any:
+def only_the_merged_pair_counted(word: list[int], pair: Pair, new: int) -> Any:
+    """Only the merged pair's count changed; but its two ids stood beside others as well, and those pairs are
+    gone, with new ones in their place."""
     merged = _merged(word, pair, new)
     return merged, {pair: len(merged) - len(word)} if len(merged) < len(word) else {}
 
 
-def _only_the_new(word: list[int], pair: Pair, new: int) -> Any:
+def nothing_taken_from_the_neighbors(word: list[int], pair: Pair, new: int) -> Any:
+    """The new pairs are counted, but the pairs that the two old ids made with their neighbors are not taken
+    away."""
     merged = _merged(word, pair, new)
     after = Counter(zip(merged, merged[1:], strict=False))
     gained = {p: n for p, n in after.items() if new in p}
     return merged, {**gained, **({pair: len(merged) - len(word)} if len(merged) < len(word) else {})}
 
 
-def _overlapping(word: list[int], pair: Pair, new: int) -> Any:
+def overlapping_merges(word: list[int], pair: Pair, new: int) -> Any:
+    """In [7, 7, 7] the middle 7 was used twice: after a merge, go on behind both of its ids."""
     merged, i = [], 0
     while i < len(word):
         if tuple(word[i : i + 2]) == pair:
@@ -60,7 +65,8 @@ def _overlapping(word: list[int], pair: Pair, new: int) -> Any:
     return merged, _changes(word, merged)
 
 
-def _first_only(word: list[int], pair: Pair, new: int) -> Any:
+def only_the_first_place(word: list[int], pair: Pair, new: int) -> Any:
+    """The pair may stand in a word several times, and only the first was merged."""
     for i in range(len(word) - 1):
         if (word[i], word[i + 1]) == pair:
             merged = [*word[:i], new, *word[i + 2 :]]
@@ -68,13 +74,16 @@ def _first_only(word: list[int], pair: Pair, new: int) -> Any:
     return list(word), {}
 
 
-def _from_the_right(word: list[int], pair: Pair, new: int) -> Any:
+def from_right_to_left(word: list[int], pair: Pair, new: int) -> Any:
+    """The merges run from the right, so of [7, 7, 7] the last two were joined; the order is from left to
+    right."""
     merged = _merged(word[::-1], pair[::-1], new)[::-1]
     return merged, _changes(word, merged)
 
 
-def _old_neighbors(word: list[int], pair: Pair, new: int) -> Any:
-    """Looks at the neighbors of each merge in the old word only."""
+def the_neighbors_as_they_were(word: list[int], pair: Pair, new: int) -> Any:
+    """Where two merges touch, the neighbor has just become the new id, and you count the id that it was
+    before: in [1, 2, 1, 2] the new pair is (9, 9)."""
     changes: Counter[Pair] = Counter()
     i = 0
     while i < len(word) - 1:
@@ -92,12 +101,15 @@ def _old_neighbors(word: list[int], pair: Pair, new: int) -> Any:
     return _merged(word, pair, new), {p: n for p, n in changes.items() if n}
 
 
-def _zeros_kept(word: list[int], pair: Pair, new: int) -> Any:
+def zeros_kept(word: list[int], pair: Pair, new: int) -> Any:
+    """A pair that is lost in one place and won in another has not changed; leave the zeros out."""
     merged = _merged(word, pair, new)
     return merged, _changes(word, merged, zeros=True)
 
 
-def _in_place(word: list[int], pair: Pair, new: int) -> Any:
+def the_word_changed_in_place(word: list[int], pair: Pair, new: int) -> Any:
+    """Your function wrote into the list that it was given; whoever still holds that list finds another word
+    in it: make a new one."""
     before = list(word)
     word[:] = _merged(word, pair, new)
     return word, _changes(before, word)
@@ -153,51 +165,14 @@ MERGE = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "only the merged pair counted",
-            _only_the_pair,
-            "Only the merged pair's count changed; but its two ids stood beside others as well, and those pairs "
-            "are gone, with new ones in their place.",
-        ),
-        Misconception(
-            "nothing taken from the neighbors",
-            _only_the_new,
-            "The new pairs are counted, but the pairs that the two old ids made with their neighbors are not "
-            "taken away.",
-        ),
-        Misconception(
-            "overlapping merges",
-            _overlapping,
-            "In [7, 7, 7] the middle 7 was used twice: after a merge, go on behind both of its ids.",
-        ),
-        Misconception(
-            "only the first place",
-            _first_only,
-            "The pair may stand in a word several times, and only the first was merged.",
-        ),
-        Misconception(
-            "from right to left",
-            _from_the_right,
-            "The merges run from the right, so of [7, 7, 7] the last two were joined; the order is from left to "
-            "right.",
-        ),
-        Misconception(
-            "the neighbors as they were",
-            _old_neighbors,
-            "Where two merges touch, the neighbor has just become the new id, and you count the id that it was "
-            "before: in [1, 2, 1, 2] the new pair is (9, 9).",
-        ),
-        Misconception(
-            "zeros kept",
-            _zeros_kept,
-            "A pair that is lost in one place and won in another has not changed; leave the zeros out.",
-        ),
-        Misconception(
-            "the word changed in place",
-            _in_place,
-            "Your function wrote into the list that it was given; whoever still holds that list finds another "
-            "word in it: make a new one.",
-        ),
+        only_the_merged_pair_counted,
+        nothing_taken_from_the_neighbors,
+        overlapping_merges,
+        only_the_first_place,
+        from_right_to_left,
+        the_neighbors_as_they_were,
+        zeros_kept,
+        the_word_changed_in_place,
     ],
 )
 
@@ -239,7 +214,9 @@ _highest = _encoder(lambda found: max(found, key=lambda one: (one[0], -one[1])))
 _rightmost = _encoder(lambda found: min(found, key=lambda one: (one[0], -one[1])))
 
 
-def _longest(data: bytes, ranks: Ranks) -> Any:
+def the_longest_token_that_fits(data: bytes, ranks: Ranks) -> Any:
+    """You take the longest token from the left, as WordPiece does; BPE replays its merges, and gives other
+    ids for the same text."""
     ids = []
     while data:
         n = next(n for n in range(len(data), 0, -1) if data[:n] in ranks)
@@ -248,8 +225,8 @@ def _longest(data: bytes, ranks: Ranks) -> Any:
     return ids
 
 
-def _whole_first(data: bytes, ranks: Ranks) -> Any:
-    """Each step joins the longest token that two neighbors make."""
+def the_longest_merge_first(data: bytes, ranks: Ranks) -> Any:
+    """Of several candidates you take the longest; length plays no part, the rank decides."""
     parts = [data[i : i + 1] for i in range(len(data))]
     while found := list(_candidates(parts, ranks)):
         _, i = min(found, key=lambda one: (-len(parts[one[1]] + parts[one[1] + 1]), one))
@@ -257,8 +234,9 @@ def _whole_first(data: bytes, ranks: Ranks) -> Any:
     return [ranks[part] for part in parts]
 
 
-def _one_round(data: bytes, ranks: Ranks) -> Any:
-    """The candidates are listed once, at the start."""
+def candidates_listed_once(data: bytes, ranks: Ranks) -> Any:
+    """The candidates were listed once, at the beginning; a merge makes a new neighbor, so list them again
+    after each."""
     n = len(data)
     used: set[int] = set()
     joined: set[int] = set()
@@ -274,8 +252,9 @@ def _one_round(data: bytes, ranks: Ranks) -> Any:
     return [ranks[part] for part in parts]
 
 
-def _merges_only_once(data: bytes, ranks: Ranks) -> Any:
-    """One walk over the vocabulary, each token made in its first place only."""
+def each_merge_in_one_place_only(data: bytes, ranks: Ranks) -> Any:
+    """A merge is done in its first place and then never again; the same pair may stand in a chunk several
+    times."""
     parts = [data[i : i + 1] for i in range(len(data))]
     for _, rank in sorted(ranks.items(), key=lambda item: item[1]):
         for found, i in _candidates(parts, ranks):
@@ -285,7 +264,8 @@ def _merges_only_once(data: bytes, ranks: Ranks) -> Any:
     return [ranks[part] for part in parts]
 
 
-def _bytes_only(data: bytes, ranks: Ranks) -> Any:
+def bytes_only(data: bytes, ranks: Ranks) -> Any:
+    """Nothing was merged, these are the ids of the single bytes."""
     return [ranks[data[i : i + 1]] for i in range(len(data))]
 
 
@@ -369,40 +349,17 @@ ENCODE = Exercise(
             _highest,
             "A rank is the place in the order of learning: the lowest was learned first and comes first.",
         ),
-        Misconception(
-            "the longest token that fits",
-            _longest,
-            "You take the longest token from the left, as WordPiece does; BPE replays its merges, and gives other "
-            "ids for the same text.",
-        ),
-        Misconception(
-            "the longest merge first",
-            _whole_first,
-            "Of several candidates you take the longest; length plays no part, the rank decides.",
-        ),
-        Misconception(
-            "candidates listed once",
-            _one_round,
-            "The candidates were listed once, at the beginning; a merge makes a new neighbor, so list them again "
-            "after each.",
-        ),
-        Misconception(
-            "each merge in one place only",
-            _merges_only_once,
-            "A merge is done in its first place and then never again; the same pair may stand in a chunk several "
-            "times.",
-        ),
+        the_longest_token_that_fits,
+        the_longest_merge_first,
+        candidates_listed_once,
+        each_merge_in_one_place_only,
         Misconception(
             "the rightmost of equals",
             _rightmost,
             "Of several places with the same rank you take the last: training merged from left to right, so of "
             "aaa the first two a's are joined.",
         ),
-        Misconception(
-            "bytes only",
-            _bytes_only,
-            "Nothing was merged, these are the ids of the single bytes.",
-        ),
+        bytes_only,
     ],
 )
 
@@ -440,12 +397,13 @@ _with_dropout = _dropout(lambda drawn, p: drawn >= p)
 _keeps_with_p = _dropout(lambda drawn, p: drawn < p)
 
 
-def _no_dropout(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+def no_dropout(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """p changes nothing, these are the usual ids."""
     return _by_rank(data, ranks)
 
 
-def _best_only(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
-    """Draws for the best candidate only, and stops when that is dropped."""
+def only_the_best_candidate_is_drawn_for(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """You draw for the best candidate and stop when it is dropped; the others should have had their turn."""
     parts = [data[i : i + 1] for i in range(len(data))]
     while found := list(_candidates(parts, ranks)):
         if rng.random() < p:
@@ -455,8 +413,8 @@ def _best_only(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
     return [ranks[part] for part in parts]
 
 
-def _once_for_all(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
-    """A token that was dropped once stays out for the whole chunk."""
+def dropped_once_dropped_for_ever(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """A merge that was dropped at one step is never tried again; the paper draws anew at every step."""
     parts = [data[i : i + 1] for i in range(len(data))]
     dropped: set[int] = set()
     while True:
@@ -474,11 +432,14 @@ def _once_for_all(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> An
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def _whole_chunk(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
-    return _bytes_only(data, ranks) if rng.random() < p else _by_rank(data, ranks)
+def all_or_nothing(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """One draw decides for the whole chunk; each candidate has a draw of its own."""
+    return bytes_only(data, ranks) if rng.random() < p else _by_rank(data, ranks)
 
 
-def _splits_afterwards(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+def tokens_broken_up_afterwards(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """The chunk was encoded as usual and some tokens broken into bytes; dropping merges on the way gives the
+    tokens between, such as un and kind, too."""
     ids = []
     token_of = {i: token for token, i in ranks.items()}
     for i in _by_rank(data, ranks):
@@ -486,11 +447,14 @@ def _splits_afterwards(data: bytes, ranks: Ranks, p: float, rng: random.Random) 
     return ids
 
 
-def _drops_tokens(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+def tokens_dropped_instead_of_merges(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """Whole tokens vanished, and with them the text: it is a merge that is dropped, and its two parts
+    stay."""
     return [i for i in _by_rank(data, ranks) if rng.random() >= p]
 
 
-def _leftmost_kept(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+def the_leftmost_of_what_is_left(data: bytes, ranks: Ranks, p: float, rng: random.Random) -> Any:
+    """Of the candidates that are left you take the first; the rank still decides."""
     parts = [data[i : i + 1] for i in range(len(data))]
     while found := [one for one in _candidates(parts, ranks) if rng.random() >= p]:
         _, i = found[0]
@@ -577,42 +541,13 @@ DROPOUT = Exercise(
             _keeps_with_p,
             "You keep a candidate where you should drop it: p = 0.1 should drop one in ten, not nine.",
         ),
-        Misconception(
-            "no dropout",
-            _no_dropout,
-            "p changes nothing, these are the usual ids.",
-        ),
-        Misconception(
-            "only the best candidate is drawn for",
-            _best_only,
-            "You draw for the best candidate and stop when it is dropped; the others should have had their turn.",
-        ),
-        Misconception(
-            "dropped once, dropped for ever",
-            _once_for_all,
-            "A merge that was dropped at one step is never tried again; the paper draws anew at every step.",
-        ),
-        Misconception(
-            "all or nothing",
-            _whole_chunk,
-            "One draw decides for the whole chunk; each candidate has a draw of its own.",
-        ),
-        Misconception(
-            "tokens broken up afterwards",
-            _splits_afterwards,
-            "The chunk was encoded as usual and some tokens broken into bytes; dropping merges on the way gives "
-            "the tokens between, such as un and kind, too.",
-        ),
-        Misconception(
-            "tokens dropped instead of merges",
-            _drops_tokens,
-            "Whole tokens vanished, and with them the text: it is a merge that is dropped, and its two parts stay.",
-        ),
-        Misconception(
-            "the leftmost of what is left",
-            _leftmost_kept,
-            "Of the candidates that are left you take the first; the rank still decides.",
-        ),
+        no_dropout,
+        only_the_best_candidate_is_drawn_for,
+        dropped_once_dropped_for_ever,
+        all_or_nothing,
+        tokens_broken_up_afterwards,
+        tokens_dropped_instead_of_merges,
+        the_leftmost_of_what_is_left,
     ],
 )
 

@@ -97,7 +97,9 @@ def _mean_of_means(total: Tensor, batch: Batch, i: int) -> Tensor:
     return total / max(1, _count(batch[i : i + 1])) / len(batch)
 
 
-def _zero_inside(model: nn.Module, micro_batches: Batch) -> Tensor:
+def zero_grad_inside_the_loop(model: nn.Module, micro_batches: Batch) -> Tensor:
+    """Gradients were set to zero at every micro-batch, so only the last one is left. backward() adds to
+    .grad: leave it alone here."""
     n_valid, total = _count(micro_batches), torch.tensor(0.0)
     if n_valid == 0:
         raise ValueError
@@ -109,7 +111,9 @@ def _zero_inside(model: nn.Module, micro_batches: Batch) -> Tensor:
     return total
 
 
-def _one_backward(model: nn.Module, micro_batches: Batch) -> Tensor:
+def one_backward_for_all(model: nn.Module, micro_batches: Batch) -> Tensor:
+    """The gradient is right, but all losses were added up before one backward, so every micro-batch's graph
+    was in memory at once. Call backward on each, at once."""
     n_valid = _count(micro_batches)
     if n_valid == 0:
         raise ValueError
@@ -216,18 +220,8 @@ BUILD = Exercise(
             "You divided by the labels counted up to this micro-batch, so the early ones weigh more. Count all of "
             "them before the first backward.",
         ),
-        Misconception(
-            "zero_grad inside the loop",
-            _zero_inside,
-            "Gradients were set to zero at every micro-batch, so only the last one is left. backward() adds to .grad: "
-            "leave it alone here.",
-        ),
-        Misconception(
-            "one backward for all",
-            _one_backward,
-            "The gradient is right, but all losses were added up before one backward, so every micro-batch's graph was "
-            "in memory at once. Call backward on each, at once.",
-        ),
+        zero_grad_inside_the_loop,
+        one_backward_for_all,
     ],
 )
 
@@ -484,38 +478,49 @@ def kahan_add(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, 
     return new, owed - (new - weight)
 
 
-def _plain(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def a_plain_sum(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The update was added and what rounding swallowed was not written down, so the weight never moves."""
     return weight + update, residue
 
 
-def _never_paid(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def never_paid_back(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The residue is collected but never used: add it to the update before that is added to the weight."""
     new = weight + update
     return new, residue + (update - (new - weight))
 
 
-def _old_forgotten(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def the_old_residue_is_forgotten(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """What was owed went into the weight, but the new residue is counted from the update alone; it is what
+    was owed, update and old residue together, minus what the weight took."""
     new = weight + (update + residue)
     return new, update - (new - weight)
 
 
-def _sign(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def the_wrong_way_round(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The residue has the wrong sign: it is then taken away again where it should be added. Owed minus
+    taken."""
     owed = update + residue
     new = weight + owed
     return new, (new - weight) - owed
 
 
-def _paid_twice(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def paid_twice(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole sum stays owed although the weight took part of it: subtract new − weight, which is what it
+    took."""
     owed = update + residue
     return weight + owed, owed
 
 
-def _nothing_owed(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def nothing_is_ever_owed(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """Your new residue is always 0. If it is computed as owed + weight − new, the sum is rounded before new
+    is taken from it: take (new − weight), with these brackets, from owed."""
     owed = update + residue
     new = weight + owed
     return new, owed + weight - new
 
 
-def _in_place(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def in_place(weight: Tensor, residue: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """The numbers are right, but the weight that was handed in has changed as well: compute a new tensor."""
     before, owed = weight.clone(), update + residue
     weight += owed
     return weight, owed - (weight - before)
@@ -572,43 +577,13 @@ EXTEND = Exercise(
         Probe("the inputs are left alone", _inputs_after, equals(atol=1e-6)),
     ],
     misconceptions=[
-        Misconception(
-            "a plain sum",
-            _plain,
-            "The update was added and what rounding swallowed was not written down, so the weight never moves.",
-        ),
-        Misconception(
-            "never paid back",
-            _never_paid,
-            "The residue is collected but never used: add it to the update before that is added to the weight.",
-        ),
-        Misconception(
-            "the old residue is forgotten",
-            _old_forgotten,
-            "What was owed went into the weight, but the new residue is counted from the update alone; it is what was "
-            "owed, update and old residue together, minus what the weight took.",
-        ),
-        Misconception(
-            "the wrong way round",
-            _sign,
-            "The residue has the wrong sign: it is then taken away again where it should be added. Owed minus taken.",
-        ),
-        Misconception(
-            "nothing is ever owed",
-            _nothing_owed,
-            "Your new residue is always 0. If it is computed as owed + weight − new, the sum is rounded before new is "
-            "taken from it: take (new − weight), with these brackets, from owed.",
-        ),
-        Misconception(
-            "paid twice",
-            _paid_twice,
-            "The whole sum stays owed although the weight took part of it: subtract new − weight, which is what it took.",
-        ),
-        Misconception(
-            "in place",
-            _in_place,
-            "The numbers are right, but the weight that was handed in has changed as well: compute a new tensor.",
-        ),
+        a_plain_sum,
+        never_paid_back,
+        the_old_residue_is_forgotten,
+        the_wrong_way_round,
+        nothing_is_ever_owed,
+        paid_twice,
+        in_place,
     ],
 )
 

@@ -45,7 +45,9 @@ def _variant(
     return wrong
 
 
-def _overlapping(model: nn.Module, lr: float, matrix_lr: float, weight_decay: float) -> list[dict]:
+def in_two_groups(model: nn.Module, lr: float, matrix_lr: float, weight_decay: float) -> list[dict]:
+    """The blocks' matrices are in group 0 and again in group 1: an optimizer would refuse them or step them
+    twice. Group 1 is what has two dimensions and is not in group 0."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     inside = [p for name, p in trainable if name.startswith("blocks.") and p.ndim == 2]
     return [
@@ -224,12 +226,7 @@ A = Exercise(
             "Only what is called bias was spared the decay, and norm weights were pulled to zero with the rest; ask for the "
             "number of dimensions.",
         ),
-        Misconception(
-            "in two groups",
-            _overlapping,
-            "The blocks' matrices are in group 0 and again in group 1: an optimizer would refuse them or step them twice. "
-            "Group 1 is what has two dimensions and is not in group 0.",
-        ),
+        in_two_groups,
         Misconception(
             "the rates exchanged",
             _variant(swapped=True),

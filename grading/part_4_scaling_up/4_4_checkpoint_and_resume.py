@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tutorial_lib.checks.probes import equals, outcome, randn
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.tools.seeds import generator_for
 
 # --- 4.4.a --------------------------------------------------------------------------------------------------
@@ -35,38 +35,54 @@ def _next(
     return [_order(n, seed, epoch_of(k) if epoch_of else k // n)[k % n] for k in range(first, first + rows)]
 
 
-def _one_order(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+def one_order_for_all_epochs(
+    seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
+) -> list[int]:
+    """The permutation never changes, so each epoch shows the same neighbors in the same order: the epoch
+    belongs into the generator's purpose."""
     return _next(seen, batch_size, n, seed, rank, world, epoch_of=lambda k: 0)
 
 
-def _epoch_of_the_batch(
+def the_epoch_of_the_batch(
     seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
 ) -> list[int]:
+    """You found the epoch once for the whole batch. A batch may begin in one epoch and end in the next: ask
+    for each sample."""
     return _next(seen, batch_size, n, seed, rank, world, epoch_of=lambda k: seen // n)
 
 
-def _in_order(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+def not_shuffled(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+    """The windows come in the order of the text. The permutation of the epoch is missing."""
     rows = batch_size // world
     return [(seen + rank * rows + i) % n for i in range(rows)]
 
 
-def _everybody_everything(
+def everybody_gets_everything(
     seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
 ) -> list[int]:
+    """Each process got the whole batch, so every window is trained on once for each process."""
     return _next(seen, batch_size, n, seed)
 
 
-def _same_share(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+def everybody_gets_the_same_share(
+    seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
+) -> list[int]:
+    """Each process took the first share of the batch: the samples of process `rank` begin at seen + rank ·
+    rows."""
     return _next(seen, batch_size // world, n, seed)
 
 
-def _in_turns(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+def in_turns(seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1) -> list[int]:
+    """Process r took every world-th row. Here each process owns neighboring rows, so that the shares joined
+    in order of rank are the batch."""
     return _next(seen, batch_size, n, seed)[rank::world]
 
 
-def _always_from_the_front(
+def restarts_the_epoch(
     seen: int, batch_size: int, n: int, seed: int, rank: int = 0, world: int = 1
 ) -> list[int]:
+    """After a resume the epoch began at its front again: its first windows are seen twice, its last ones
+    never. `seen` says where in the epoch we are."""
     return _next(seen // n * n, batch_size, n, seed, rank, world)
 
 
@@ -98,46 +114,13 @@ BUILD = Exercise(
         Probe("all of three processes", lambda f: [f(5, 6, 8, 2, r, 3) for r in range(3)], equals()),
     ],
     misconceptions=[
-        Misconception(
-            "one order for all epochs",
-            _one_order,
-            "The permutation never changes, so each epoch shows the same neighbors in the same order: the epoch "
-            "belongs into the generator's purpose.",
-        ),
-        Misconception(
-            "the epoch of the batch",
-            _epoch_of_the_batch,
-            "You found the epoch once for the whole batch. A batch may begin in one epoch and end in the next: "
-            "ask for each sample.",
-        ),
-        Misconception(
-            "not shuffled",
-            _in_order,
-            "The windows come in the order of the text. The permutation of the epoch is missing.",
-        ),
-        Misconception(
-            "everybody gets everything",
-            _everybody_everything,
-            "Each process got the whole batch, so every window is trained on once for each process.",
-        ),
-        Misconception(
-            "everybody gets the same share",
-            _same_share,
-            "Each process took the first share of the batch: the samples of process `rank` begin at "
-            "seen + rank · rows.",
-        ),
-        Misconception(
-            "in turns",
-            _in_turns,
-            "Process r took every world-th row. Here each process owns neighboring rows, so that the shares "
-            "joined in order of rank are the batch.",
-        ),
-        Misconception(
-            "restarts the epoch",
-            _always_from_the_front,
-            "After a resume the epoch began at its front again: its first windows are seen twice, its last ones "
-            "never. `seen` says where in the epoch we are.",
-        ),
+        one_order_for_all_epochs,
+        the_epoch_of_the_batch,
+        not_shuffled,
+        everybody_gets_everything,
+        everybody_gets_the_same_share,
+        in_turns,
+        restarts_the_epoch,
     ],
 )
 
@@ -178,22 +161,33 @@ class Resumable:
         torch.set_rng_state(state["rng"])
 
 
-class _LivingWeights(Resumable):
+class TheWeightsLiveOn(Resumable):
+    """The snapshot holds the model's own tensors, so it changed while training went on. Copy the tensors, not
+    only the dict."""
+
     def _weights(self, model: nn.Module) -> dict:
         return dict(model.state_dict())
 
 
-class _LivingMoments(Resumable):
+class TheMomentsLiveOn(Resumable):
+    """The optimizer's state dict is made of its own tensors: the moments in the snapshot moved on with the
+    run. Copy them deeply."""
+
     def _moments(self, optimizer: torch.optim.Optimizer) -> dict:
         return optimizer.state_dict()
 
 
-class _NoMoments(Resumable):
+class MomentsAreNotPutBack(Resumable):
+    """The weights came back, the moments did not, so Adam starts as at its first step: that is the bump in
+    the curve."""
+
     def _give_back(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         pass
 
 
-class _RngTooEarly(Resumable):
+class TheGeneratorTooEarly(Resumable):
+    """The generator was put back, and then trying the model drew from it. Put it back last."""
+
     def _try(self, model: nn.Module, state: dict) -> None:
         torch.set_rng_state(state["rng"])
         model.eval()
@@ -201,20 +195,28 @@ class _RngTooEarly(Resumable):
         model.train()
 
 
-class _NoRng(Resumable):
+class TheGeneratorNotAtAll(Resumable):
+    """Without dropout and random data the run is right; with them it is another one: the generator was never
+    put back."""
+
     def _try(self, model: nn.Module, state: dict) -> None:
         model.eval()
         model(torch.randn(1, 4))
         model.train()
 
 
-class _LeftInEval(Resumable):
+class LeftInEvaluationMode(Resumable):
+    """After the restore the model is in evaluation mode, and dropout is off for the rest of the run."""
+
     def _try(self, model: nn.Module, state: dict) -> None:
         super()._try(model, state)
         model.eval()
 
 
-class _HandsMomentsOver(Resumable):
+class MomentsHandedOver(Resumable):
+    """The first restore works. It gave the optimizer the snapshot's own tensors, which then trained on, so a
+    second restore starts from other moments. Copy on the way back, too."""
+
     def _give_back(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
         optimizer.load_state_dict(state["optimizer"])
 
@@ -366,46 +368,13 @@ DEBUG = Exercise(
         Probe("restored twice from one snapshot", _twice, equals(1e-7, 1e-6)),
     ],
     misconceptions=[
-        Misconception(
-            "the weights live on",
-            _LivingWeights,
-            "The snapshot holds the model's own tensors, so it changed while training went on. Copy the "
-            "tensors, not only the dict.",
-        ),
-        Misconception(
-            "the moments live on",
-            _LivingMoments,
-            "The optimizer's state dict is made of its own tensors: the moments in the snapshot moved on with "
-            "the run. Copy them deeply.",
-        ),
-        Misconception(
-            "moments are not put back",
-            _NoMoments,
-            "The weights came back, the moments did not, so Adam starts as at its first step: that is the bump "
-            "in the curve.",
-        ),
-        Misconception(
-            "the generator too early",
-            _RngTooEarly,
-            "The generator was put back, and then trying the model drew from it. Put it back last.",
-        ),
-        Misconception(
-            "the generator not at all",
-            _NoRng,
-            "Without dropout and random data the run is right; with them it is another one: the generator was "
-            "never put back.",
-        ),
-        Misconception(
-            "left in evaluation mode",
-            _LeftInEval,
-            "After the restore the model is in evaluation mode, and dropout is off for the rest of the run.",
-        ),
-        Misconception(
-            "moments handed over",
-            _HandsMomentsOver,
-            "The first restore works. It gave the optimizer the snapshot's own tensors, which then trained on, "
-            "so a second restore starts from other moments. Copy on the way back, too.",
-        ),
+        TheWeightsLiveOn,
+        TheMomentsLiveOn,
+        MomentsAreNotPutBack,
+        TheGeneratorTooEarly,
+        TheGeneratorNotAtAll,
+        LeftInEvaluationMode,
+        MomentsHandedOver,
     ],
 )
 
@@ -432,7 +401,10 @@ def _mean(tensors: list[Tensor]) -> Tensor:
     return torch.stack([t.to(wide) for t in tensors]).mean(dim=0).to(dtype)
 
 
-def _narrow(states: Sequence[dict[str, Tensor]]) -> dict:
+def added_in_bf16(states: Sequence[dict[str, Tensor]]) -> dict:
+    """You added in the dtype in which the weights came. A sum of nine in bf16 loses what its eight bits
+    cannot hold: compute in float32, then round once."""
+
     def mean(tensors: list[Tensor]) -> Tensor:
         total = torch.zeros_like(tensors[0])
         for tensor in tensors:
@@ -442,11 +414,15 @@ def _narrow(states: Sequence[dict[str, Tensor]]) -> dict:
     return _average(states, mean)
 
 
-def _float32_for_all(states: Sequence[dict[str, Tensor]]) -> dict:
+def float32_for_all(states: Sequence[dict[str, Tensor]]) -> dict:
+    """The values are right, but the result is float32 whatever came in; the model expects its own dtype."""
     return _average(states, lambda ts: torch.stack([t.float() for t in ts]).mean(dim=0))
 
 
-def _running(states: Sequence[dict[str, Tensor]]) -> dict:
+def a_running_half(states: Sequence[dict[str, Tensor]]) -> dict:
+    """(a + b) / 2 again and again gives the last checkpoint half of the say, the one before a quarter. A mean
+    gives all the same."""
+
     def mean(tensors: list[Tensor]) -> Tensor:
         total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32))
         for tensor in tensors[1:]:
@@ -456,11 +432,13 @@ def _running(states: Sequence[dict[str, Tensor]]) -> dict:
     return _average(states, mean)
 
 
-def _sum(states: Sequence[dict[str, Tensor]]) -> dict:
+def a_sum(states: Sequence[dict[str, Tensor]]) -> dict:
+    """You added the weights up and did not divide by their number."""
     return _average(states, lambda ts: (_mean(ts).double() * len(ts)).to(ts[-1].dtype))
 
 
-def _integers_too(states: Sequence[dict[str, Tensor]]) -> dict:
+def counters_averaged(states: Sequence[dict[str, Tensor]]) -> dict:
+    """A step counter of 21 belongs to no weights here: what is not floating comes from the last one."""
     result = _average(states)
     for name, tensor in states[-1].items():
         if not tensor.is_floating_point():
@@ -468,15 +446,20 @@ def _integers_too(states: Sequence[dict[str, Tensor]]) -> dict:
     return result
 
 
-def _first_counters(states: Sequence[dict[str, Tensor]]) -> dict:
+def the_counters_of_the_first_one(states: Sequence[dict[str, Tensor]]) -> dict:
+    """Counters came from the oldest checkpoint; the average goes on from the last one."""
     return {n: t if t.is_floating_point() else states[0][n].clone() for n, t in _average(states).items()}
 
 
-def _shares(states: Sequence[dict[str, Tensor]]) -> dict:
+def shared_counters(states: Sequence[dict[str, Tensor]]) -> dict:
+    """The counters of the result are the very tensors of the last checkpoint: writing into one changes the
+    other. Clone them."""
     return {n: t if t.is_floating_point() else states[-1][n] for n, t in _average(states).items()}
 
 
-def _in_place(states: Sequence[dict[str, Tensor]]) -> dict:
+def averaged_in_place(states: Sequence[dict[str, Tensor]]) -> dict:
+    """The mean was written into the first checkpoint's own tensors, which is then no longer what was
+    saved."""
     result = _average(states)
     for name, tensor in result.items():
         states[0][name].copy_(tensor)
@@ -570,45 +553,14 @@ EXTEND = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "added in bf16",
-            _narrow,
-            "You added in the dtype in which the weights came. A sum of nine in bf16 loses what its eight bits "
-            "cannot hold: compute in float32, then round once.",
-        ),
-        Misconception(
-            "float32 for all",
-            _float32_for_all,
-            "The values are right, but the result is float32 whatever came in; the model expects its own dtype.",
-        ),
-        Misconception(
-            "a running half",
-            _running,
-            "(a + b) / 2 again and again gives the last checkpoint half of the say, the one before a quarter. A "
-            "mean gives all the same.",
-        ),
-        Misconception("a sum", _sum, "You added the weights up and did not divide by their number."),
-        Misconception(
-            "counters averaged",
-            _integers_too,
-            "A step counter of 21 belongs to no weights here: what is not floating comes from the last one.",
-        ),
-        Misconception(
-            "the first one's counters",
-            _first_counters,
-            "Counters came from the oldest checkpoint; the average goes on from the last one.",
-        ),
-        Misconception(
-            "shared counters",
-            _shares,
-            "The counters of the result are the very tensors of the last checkpoint: writing into one changes "
-            "the other. Clone them.",
-        ),
-        Misconception(
-            "averaged in place",
-            _in_place,
-            "The mean was written into the first checkpoint's own tensors, which is then no longer what was saved.",
-        ),
+        added_in_bf16,
+        float32_for_all,
+        a_running_half,
+        a_sum,
+        counters_averaged,
+        the_counters_of_the_first_one,
+        shared_counters,
+        averaged_in_place,
     ],
 )
 

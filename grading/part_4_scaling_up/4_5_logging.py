@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.checks.probes import equals, outcome, randn, same_shape
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe
+from tutorial_lib.checks.spec import Exercise, Probe
 
 # ── 4.5.a  TensorBoard's slider ──────────────────────────────────────────────────────────────────────────
 
@@ -33,7 +33,9 @@ def _smooth(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _uncorrected(values: Sequence[float], weight: float) -> list[float]:
+def no_correction_of_the_start(values: Sequence[float], weight: float) -> list[float]:
+    """The average starts at 0, which is no measurement, and your curve climbs up from there. After t values
+    the weights add up to 1 - w^t only: divide by that."""
     _check_weight(weight)
     mean, result = 0.0, []
     for value in values:
@@ -43,7 +45,9 @@ def _uncorrected(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _first_value(values: Sequence[float], weight: float) -> list[float]:
+def started_at_the_first_value(values: Sequence[float], weight: float) -> list[float]:
+    """Starting at the first value also avoids the climb from 0, but it gives that one noisy value the weight
+    w^t that belongs to all of them. The exercise asks for m_0 = 0 and the division by 1 - w^t."""
     _check_weight(weight)
     mean, result = None, []
     for value in values:
@@ -53,7 +57,9 @@ def _first_value(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _swapped(values: Sequence[float], weight: float) -> list[float]:
+def the_weights_swapped(values: Sequence[float], weight: float) -> list[float]:
+    """You gave w to the new value and 1 - w to the past, so a higher slider smooths less. The weight is that
+    of the past."""
     _check_weight(weight)
     mean, count, result = 0.0, 0, []
     for value in values:
@@ -64,7 +70,9 @@ def _swapped(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _compounded(values: Sequence[float], weight: float) -> list[float]:
+def the_corrected_value_goes_on(values: Sequence[float], weight: float) -> list[float]:
+    """You divided the running mean itself, so the next step starts from a corrected value and corrects it
+    again. Keep the running mean as it is and divide a copy."""
     _check_weight(weight)
     mean, count, result = 0.0, 0, []
     for value in values:
@@ -75,7 +83,8 @@ def _compounded(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _counts_from_two(values: Sequence[float], weight: float) -> list[float]:
+def the_count_is_one_too_high(values: Sequence[float], weight: float) -> list[float]:
+    """The exponent is the number of values that are in the average, this one included: 1 for the first."""
     _check_weight(weight)
     mean, count, result = 0.0, 1, []
     for value in values:
@@ -86,7 +95,9 @@ def _counts_from_two(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _swallows_nan(values: Sequence[float], weight: float) -> list[float]:
+def NaN_goes_into_the_average(values: Sequence[float], weight: float) -> list[float]:
+    """One NaN in the average and every later value is NaN, so the curve ends there for good. Let non-finite
+    values pass through without touching the mean."""
     _check_weight(weight)
     mean, result = 0.0, []
     for count, value in enumerate(values, 1):
@@ -95,7 +106,9 @@ def _swallows_nan(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _nan_counts(values: Sequence[float], weight: float) -> list[float]:
+def NaN_counts_as_a_value(values: Sequence[float], weight: float) -> list[float]:
+    """The NaN stayed out of the mean, but it was counted: the exponent is the number of values in the
+    average, not the position in the list."""
     _check_weight(weight)
     mean, result = 0.0, []
     for count, value in enumerate(values, 1):
@@ -106,7 +119,9 @@ def _nan_counts(values: Sequence[float], weight: float) -> list[float]:
     return result
 
 
-def _drops_nan(values: Sequence[float], weight: float) -> list[float]:
+def NaN_is_dropped_from_the_curve(values: Sequence[float], weight: float) -> list[float]:
+    """The result is shorter than the curve, so all points behind the NaN move to the left; and nobody sees
+    that there was one. Put the value into the result as it is."""
     return _smooth([value for value in values if math.isfinite(value)], weight)
 
 
@@ -164,53 +179,14 @@ SMOOTH = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "no correction of the start",
-            _uncorrected,
-            "The average starts at 0, which is no measurement, and your curve climbs up from there. After t values "
-            "the weights add up to 1 - w^t only: divide by that.",
-        ),
-        Misconception(
-            "started at the first value",
-            _first_value,
-            "Starting at the first value also avoids the climb from 0, but it gives that one noisy value the weight "
-            "w^t that belongs to all of them. The exercise asks for m_0 = 0 and the division by 1 - w^t.",
-        ),
-        Misconception(
-            "the weights swapped",
-            _swapped,
-            "You gave w to the new value and 1 - w to the past, so a higher slider smooths less. The weight is that "
-            "of the past.",
-        ),
-        Misconception(
-            "the corrected value goes on",
-            _compounded,
-            "You divided the running mean itself, so the next step starts from a corrected value and corrects it "
-            "again. Keep the running mean as it is and divide a copy.",
-        ),
-        Misconception(
-            "the count is one too high",
-            _counts_from_two,
-            "The exponent is the number of values that are in the average, this one included: 1 for the first.",
-        ),
-        Misconception(
-            "NaN goes into the average",
-            _swallows_nan,
-            "One NaN in the average and every later value is NaN, so the curve ends there for good. Let non-finite "
-            "values pass through without touching the mean.",
-        ),
-        Misconception(
-            "NaN counts as a value",
-            _nan_counts,
-            "The NaN stayed out of the mean, but it was counted: the exponent is the number of values in the "
-            "average, not the position in the list.",
-        ),
-        Misconception(
-            "NaN is dropped from the curve",
-            _drops_nan,
-            "The result is shorter than the curve, so all points behind the NaN move to the left; and nobody sees "
-            "that there was one. Put the value into the result as it is.",
-        ),
+        no_correction_of_the_start,
+        started_at_the_first_value,
+        the_weights_swapped,
+        the_corrected_value_goes_on,
+        the_count_is_one_too_high,
+        NaN_goes_into_the_average,
+        NaN_counts_as_a_value,
+        NaN_is_dropped_from_the_curve,
     ],
 )
 
@@ -237,40 +213,56 @@ def _kept(text: str, resume_step: int) -> str:
     return _table(rows[:1] + [row for row in rows[1:] if int(row[0]) <= resume_step])
 
 
-def _as_given(text: str, resume_step: int) -> str:
+def as_it_was_given(text: str, resume_step: int) -> str:
+    """This is the code that was given. Look at what row[0] is, at the row of resume_step itself, and at a
+    last line without its end."""
     rows = _rows(text)
     return _table(rows[:1] + [row for row in rows[1:] if row[0] < str(resume_step)])
 
 
-def _as_text(text: str, resume_step: int) -> str:
+def steps_compared_as_text(text: str, resume_step: int) -> str:
+    """Text compares letter by letter, so "10" comes before "9": rows stay that should go, or go that should
+    stay, as soon as steps have different numbers of digits. Compare int(row[0])."""
     rows = _rows(_whole(text))
     return _table(rows[:1] + [row for row in rows[1:] if row[0] <= str(resume_step)])
 
 
-def _without_its_own(text: str, resume_step: int) -> str:
+def without_the_step_of_the_checkpoint(text: str, resume_step: int) -> str:
+    """The checkpoint of step n was written after step n, and the run goes on with n + 1. With < the row of
+    step n is lost: nobody writes it again."""
     rows = _rows(_whole(text))
     return _table(rows[:1] + [row for row in rows[1:] if int(row[0]) < resume_step])
 
 
-def _half_a_line(text: str, resume_step: int) -> str:
+def half_a_line_is_kept(text: str, resume_step: int) -> str:
+    """The last line had no newline: the kill came in the middle of it, and 1.25 may have become 1.2. It
+    parses, so nobody will notice. Keep nothing behind the last newline."""
     rows = _rows(text)
     return _table(rows[:1] + [row for row in rows[1:] if int(row[0]) <= resume_step])
 
 
-def _always_drops_the_last(text: str, resume_step: int) -> str:
+def the_last_line_always_goes(text: str, resume_step: int) -> str:
+    """A last line that ends with a newline is whole, and you dropped it. Only what comes behind the last
+    newline was cut."""
     rows = _rows(text)[:-1]
     return _table(rows[:1] + [row for row in rows[1:] if int(row[0]) <= resume_step])
 
 
-def _counts_rows(text: str, resume_step: int) -> str:
+def rows_counted_instead_of_steps_read(text: str, resume_step: int) -> str:
+    """You kept the first resume_step rows. Not every step has a row, and some have two: read the step from
+    the row."""
     return _table(_rows(_whole(text))[: resume_step + 1])
 
 
-def _no_header(text: str, resume_step: int) -> str:
+def the_header_is_lost(text: str, resume_step: int) -> str:
+    """The first line names the columns. Without it the first row of numbers becomes the header in every
+    spreadsheet."""
     return _table([row for row in _rows(_whole(text))[1:] if int(row[0]) <= resume_step])
 
 
-def _full_rows_only(text: str, resume_step: int) -> str:
+def rows_with_empty_cells_are_dropped(text: str, resume_step: int) -> str:
+    """An empty cell means that this number was not measured at this step; it does not mean that the row is
+    damaged."""
     rows = _rows(_whole(text))
     return _table(rows[:1] + [row for row in rows[1:] if all(row) and int(row[0]) <= resume_step])
 
@@ -313,54 +305,14 @@ KEPT = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "as it was given",
-            _as_given,
-            "This is the code that was given. Look at what row[0] is, at the row of resume_step itself, and at a "
-            "last line without its end.",
-        ),
-        Misconception(
-            "steps compared as text",
-            _as_text,
-            'Text compares letter by letter, so "10" comes before "9": rows stay that should go, or go that should '
-            "stay, as soon as steps have different numbers of digits. Compare int(row[0]).",
-        ),
-        Misconception(
-            "without the checkpoint's own step",
-            _without_its_own,
-            "The checkpoint of step n was written after step n, and the run goes on with n + 1. With < the row of "
-            "step n is lost: nobody writes it again.",
-        ),
-        Misconception(
-            "half a line is kept",
-            _half_a_line,
-            "The last line had no newline: the kill came in the middle of it, and 1.25 may have become 1.2. It "
-            "parses, so nobody will notice. Keep nothing behind the last newline.",
-        ),
-        Misconception(
-            "the last line always goes",
-            _always_drops_the_last,
-            "A last line that ends with a newline is whole, and you dropped it. Only what comes behind the last "
-            "newline was cut.",
-        ),
-        Misconception(
-            "rows counted instead of steps read",
-            _counts_rows,
-            "You kept the first resume_step rows. Not every step has a row, and some have two: read the step from "
-            "the row.",
-        ),
-        Misconception(
-            "the header is lost",
-            _no_header,
-            "The first line names the columns. Without it the first row of numbers becomes the header in every "
-            "spreadsheet.",
-        ),
-        Misconception(
-            "rows with empty cells are dropped",
-            _full_rows_only,
-            "An empty cell means that this number was not measured at this step; it does not mean that the row is "
-            "damaged.",
-        ),
+        as_it_was_given,
+        steps_compared_as_text,
+        without_the_step_of_the_checkpoint,
+        half_a_line_is_kept,
+        the_last_line_always_goes,
+        rows_counted_instead_of_steps_read,
+        the_header_is_lost,
+        rows_with_empty_cells_are_dropped,
     ],
 )
 
@@ -387,44 +339,56 @@ def _noise_scale(grads: Tensor, micro: int) -> Three:
     return _solve(grads.square().sum(1).mean(), grads.mean(0).square().sum(), micro, k * micro)
 
 
-def _norm_not_squared(grads: Tensor, micro: int) -> Three:
+def norms_that_are_not_squared(grads: Tensor, micro: int) -> Three:
+    """The equation is about squared norms: those of signal and noise add up, the norms themselves do not."""
     k = _check_k(grads)
     return _solve(grads.norm(dim=1).mean(), grads.mean(0).norm(), micro, k * micro)
 
 
-def _square_of_mean_norm(grads: Tensor, micro: int) -> Three:
+def the_square_of_the_mean_norm(grads: Tensor, micro: int) -> Three:
+    """You averaged the norms and squared afterwards. A mean of squares is larger than the square of a mean,
+    and that difference is noise that you lost: square first."""
     k = _check_k(grads)
     return _solve(grads.norm(dim=1).mean().square(), grads.mean(0).square().sum(), micro, k * micro)
 
 
-def _large_is_signal(grads: Tensor, micro: int) -> Three:
+def the_large_batch_taken_for_the_truth(grads: Tensor, micro: int) -> Three:
+    """The large batch is less noisy, not free of noise: its squared norm is |G|² + S/B. Subtract S/B."""
     k = _check_k(grads)
     small, large = grads.square().sum(1).mean(), grads.mean(0).square().sum()
     noise = (small - large) / (1 / micro - 1 / (k * micro))
     return large, noise, noise / large
 
 
-def _in_micro_batches(grads: Tensor, micro: int) -> Three:
+def counted_in_micro_batches(grads: Tensor, micro: int) -> Three:
+    """You took 1 and k for the batch sizes, so S and the noise scale are in micro-batches. The sizes are
+    micro and k·micro examples."""
     k = _check_k(grads)
     return _solve(grads.square().sum(1).mean(), grads.mean(0).square().sum(), 1, k)
 
 
-def _sum_for_mean(grads: Tensor, micro: int) -> Three:
+def the_sum_of_the_gradients(grads: Tensor, micro: int) -> Three:
+    """Each row is a mean over its examples, so the gradient of the large batch is the mean of the rows. Their
+    sum is k times too long."""
     k = _check_k(grads)
     return _solve(grads.square().sum(1).mean(), grads.sum(0).square().sum(), micro, k * micro)
 
 
-def _large_is_k(grads: Tensor, micro: int) -> Three:
+def the_large_batch_has_k_plus_micro_examples(grads: Tensor, micro: int) -> Three:
+    """k micro-batches of `micro` examples make k·micro examples."""
     k = _check_k(grads)
     return _solve(grads.square().sum(1).mean(), grads.mean(0).square().sum(), micro, k + micro)
 
 
-def _mean_of_squares(grads: Tensor, micro: int) -> Three:
+def a_mean_over_the_parameters(grads: Tensor, micro: int) -> Three:
+    """A squared norm is a sum over all parameters, and you took their mean. The ratio comes out right by
+    luck, |G|² and S do not."""
     k = _check_k(grads)
     return _solve(grads.square().mean(), grads.mean(0).square().mean(), micro, k * micro)
 
 
-def _upside_down(grads: Tensor, micro: int) -> Three:
+def signal_over_noise(grads: Tensor, micro: int) -> Three:
+    """The noise scale is S / |G|²: much noise means that a large batch pays."""
     signal, noise, scale = _noise_scale(grads, micro)
     return signal, noise, 1 / scale
 
@@ -487,50 +451,14 @@ NOISE = Exercise(
         ),
     ],
     misconceptions=[
-        Misconception(
-            "norms that are not squared",
-            _norm_not_squared,
-            "The equation is about squared norms: those of signal and noise add up, the norms themselves do not.",
-        ),
-        Misconception(
-            "the square of the mean norm",
-            _square_of_mean_norm,
-            "You averaged the norms and squared afterwards. A mean of squares is larger than the square of a mean, "
-            "and that difference is noise that you lost: square first.",
-        ),
-        Misconception(
-            "the large batch taken for the truth",
-            _large_is_signal,
-            "The large batch is less noisy, not free of noise: its squared norm is |G|² + S/B. Subtract S/B.",
-        ),
-        Misconception(
-            "counted in micro-batches",
-            _in_micro_batches,
-            "You took 1 and k for the batch sizes, so S and the noise scale are in micro-batches. The sizes are "
-            "micro and k·micro examples.",
-        ),
-        Misconception(
-            "the sum of the gradients",
-            _sum_for_mean,
-            "Each row is a mean over its examples, so the gradient of the large batch is the mean of the rows. Their "
-            "sum is k times too long.",
-        ),
-        Misconception(
-            "the large batch has k + micro examples",
-            _large_is_k,
-            "k micro-batches of `micro` examples make k·micro examples.",
-        ),
-        Misconception(
-            "a mean over the parameters",
-            _mean_of_squares,
-            "A squared norm is a sum over all parameters, and you took their mean. The ratio comes out right by "
-            "luck, |G|² and S do not.",
-        ),
-        Misconception(
-            "signal over noise",
-            _upside_down,
-            "The noise scale is S / |G|²: much noise means that a large batch pays.",
-        ),
+        norms_that_are_not_squared,
+        the_square_of_the_mean_norm,
+        the_large_batch_taken_for_the_truth,
+        counted_in_micro_batches,
+        the_sum_of_the_gradients,
+        the_large_batch_has_k_plus_micro_examples,
+        a_mean_over_the_parameters,
+        signal_over_noise,
     ],
 )
 

@@ -43,7 +43,11 @@ def _step(
     return online_softmax_step
 
 
-def _averages(m: Tensor, l: Tensor, acc: Tensor, scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def divided_at_every_step(
+    m: Tensor, l: Tensor, acc: Tensor, scores: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """acc was divided by l. It must remain a plain sum, or the next tile cannot be added to it: divide once,
+    after the last tile."""
     m, l, acc = _step()(m, l, acc, scores, v)
     return m, l, acc / l.clamp(min=1e-30)
 
@@ -177,12 +181,7 @@ STEP = Exercise(
             "The weights of this tile are relative to its own maximum, and not to the running one that l and "
             "acc are relative to. Subtract m_new.",
         ),
-        Misconception(
-            "divided at every step",
-            _averages,
-            "acc was divided by l. It must remain a plain sum, or the next tile cannot be added to it: divide "
-            "once, after the last tile.",
-        ),
+        divided_at_every_step,
         Misconception(
             "infinity minus infinity",
             _step(safe=False),

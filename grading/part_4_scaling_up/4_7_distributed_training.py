@@ -59,7 +59,9 @@ def _ring_right(tensors: list[Tensor], exchange: Callable) -> list[Tensor]:
     return _ring(tensors, exchange)
 
 
-def _whole_tensors(tensors: list[Tensor], exchange: Callable) -> list[Tensor]:
+def whole_tensors_go_round(tensors: list[Tensor], exchange: Callable) -> list[Tensor]:
+    """The sum is right, but each process sent its whole tensor n − 1 times. Cut into n chunks, 2(n − 1)
+    chunks are enough: less than two tensors, however many processes there are."""
     sums, travelling = [t.clone() for t in tensors], list(tensors)
     for _ in range(len(tensors) - 1):
         travelling = exchange(travelling)
@@ -67,7 +69,9 @@ def _whole_tensors(tensors: list[Tensor], exchange: Callable) -> list[Tensor]:
     return sums
 
 
-def _no_wire(tensors: list[Tensor], exchange: Callable) -> list[Tensor]:
+def nothing_was_sent(tensors: list[Tensor], exchange: Callable) -> list[Tensor]:
+    """You added the tensors directly. On real machines no process can see another's: all must go through
+    `exchange`."""
     return [torch.stack(tensors).sum(dim=0) for _ in tensors]
 
 
@@ -176,18 +180,8 @@ RING = Exercise(
             "`tensor_split` gives views: adding in place (+=) writes into the tensors of the caller. Make a new "
             "tensor, chunk + arrival, or clone first.",
         ),
-        Misconception(
-            "whole tensors go round",
-            _whole_tensors,
-            "The sum is right, but each process sent its whole tensor n − 1 times. Cut into n chunks, 2(n − 1) "
-            "chunks are enough: less than two tensors, however many processes there are.",
-        ),
-        Misconception(
-            "nothing was sent",
-            _no_wire,
-            "You added the tensors directly. On real machines no process can see another's: all must go through "
-            "`exchange`.",
-        ),
+        whole_tensors_go_round,
+        nothing_was_sent,
     ],
 )
 

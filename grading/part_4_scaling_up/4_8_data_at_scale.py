@@ -43,7 +43,9 @@ def _right(x: Tensor, a: Tensor, b: Tensor, p: int) -> Tensor:
     return ((x[:, None] * a + b) % p).min(dim=0).values
 
 
-def _unchecked(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Signatures:
+def empty_sets_let_through(x: Tensor, y: Tensor, a: Tensor, b: Tensor, p: int) -> Signatures:
+    """You gave an empty set a signature, so all empty documents would be copies of one another: raise a
+    ValueError."""
     if not len(x) or not len(y):
         largest = torch.full_like(a, p)
         sig_x = _right(x, a, b, p) if len(x) else largest
@@ -112,11 +114,17 @@ def _samples(numbers: Any, n: int, seed: int) -> Tensor:
     return torch.stack([_order(n, seed + k // n)[k % n] for k in numbers])
 
 
-def _seed_with_rank(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def an_order_for_each_rank(
+    seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int
+) -> Tensor:
+    """The rank is in the seed, so each rank shuffles everything in its own way, and their shares overlap and
+    leave gaps. All ranks share one order, and take different places in it."""
     return rank_samples(seen, n, batch_size, seed + rank, rank, world_size)
 
 
-def _cut_short(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def the_end_cut_short(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+    """A slice at the end of the order is shorter than asked, without an error, and the other ranks would wait
+    for this one. Rows beyond the end come from the next epoch."""
     if batch_size % world_size:
         raise ValueError
     rows = batch_size // world_size
@@ -125,7 +133,11 @@ def _cut_short(seen: int, n: int, batch_size: int, seed: int, rank: int, world_s
     return _order(n, seed + epoch)[first : first + rows]
 
 
-def _one_epoch_for_all(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def round_the_corner_into_the_same_epoch(
+    seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int
+) -> Tensor:
+    """At the end of an epoch you went back to the beginning of the same order, so those windows come twice in
+    it. Sample k is in epoch k // n, with that epoch's order."""
     if batch_size % world_size:
         raise ValueError
     rows = batch_size // world_size
@@ -133,28 +145,40 @@ def _one_epoch_for_all(seen: int, n: int, batch_size: int, seed: int, rank: int,
     return torch.stack([order[k % n] for k in range(first, first + rows)])
 
 
-def _same_on_every_rank(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def the_same_rows_on_every_rank(
+    seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int
+) -> Tensor:
+    """Every rank reads the first rows of the batch: the run costs more and learns no faster. Rank r begins r
+    · rows further on."""
     return rank_samples(seen, n, batch_size, seed, 0, world_size)
 
 
-def _one_ahead(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def one_too_far(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+    """You are off by one. `seen` samples are used, numbers 0 to seen - 1, so the next is number `seen`."""
     return rank_samples(seen + 1, n, batch_size, seed, rank, world_size)
 
 
-def _like_cards(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def dealt_like_cards(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+    """Rank r took every world_size-th row. Each window still comes once, but the ranks one after the other no
+    longer give the batch that one process would have: take neighboring rows."""
     if batch_size % world_size:
         raise ValueError
     return _samples(range(seen + rank, seen + batch_size, world_size), n, seed)
 
 
-def _restarting(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def the_epoch_begun_again(
+    seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int
+) -> Tensor:
+    """The place within the epoch is lost: whatever was seen, you begin at the start of the epoch, so its
+    first windows come again and again."""
     if batch_size % world_size:
         raise ValueError
     rows = batch_size // world_size
     return _samples(range(rank * rows, rank * rows + rows), n, seed + seen // n)
 
 
-def _unevenly(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+def rows_left_out(seen: int, n: int, batch_size: int, seed: int, rank: int, world_size: int) -> Tensor:
+    """5 rows for 2 ranks: you gave 2 to each, and nobody reads the fifth. Raise a ValueError."""
     rows = batch_size // world_size
     first = seen + rank * rows
     return _samples(range(first, first + rows), n, seed)
@@ -198,44 +222,54 @@ def document_mask(ids: Tensor, eos_id: int) -> Masks:
     return mask, mask.sum(dim=2) - 1
 
 
-def _eos_with_the_next(ids: Tensor, eos_id: int) -> Masks:
+def the_end_in_the_next_document(ids: Tensor, eos_id: int) -> Masks:
+    """Your <eos> belongs to the document after it, so it cannot see what it ends, and the next document
+    begins with it. The sum must not count the <eos> that stands at the position itself."""
     document = (ids == eos_id).long().cumsum(dim=1)
     mask = (document[:, :, None] == document[:, None, :]).tril()
     return mask, mask.sum(dim=2) - 1
 
 
-def _both_ways(ids: Tensor, eos_id: int) -> Masks:
+def both_directions(ids: Tensor, eos_id: int) -> Masks:
+    """Within a document every position sees every other, later ones too. Keep the lower triangle."""
     mask, positions = document_mask(ids, eos_id)
     return mask | mask.transpose(1, 2), positions
 
 
-def _turned(ids: Tensor, eos_id: int) -> Masks:
+def rows_and_columns_swapped(ids: Tensor, eos_id: int) -> Masks:
+    """Your mask is transposed: row t says what position t may attend to, so its True lie to the left."""
     mask, positions = document_mask(ids, eos_id)
     return mask.transpose(1, 2), positions
 
 
-def _only_causal(ids: Tensor, eos_id: int) -> Masks:
+def only_causal(ids: Tensor, eos_id: int) -> Masks:
+    """This is the ordinary causal mask: every document still sees those before it."""
     T = ids.shape[1]
     mask = torch.ones(T, T, dtype=torch.bool).tril().expand(len(ids), T, T).clone()
     return mask, document_mask(ids, eos_id)[1]
 
 
-def _true_hides(ids: Tensor, eos_id: int) -> Masks:
+def True_hides(ids: Tensor, eos_id: int) -> Masks:
+    """Your mask says what to hide. In this course, and in PyTorch's attention, True means: may attend."""
     mask, positions = document_mask(ids, eos_id)
     return ~mask, positions
 
 
-def _going_on(ids: Tensor, eos_id: int) -> Masks:
+def positions_that_go_on(ids: Tensor, eos_id: int) -> Masks:
+    """The mask is right, but the positions go on across documents. They begin at 0 after each <eos>."""
     mask, _ = document_mask(ids, eos_id)
     return mask, torch.arange(ids.shape[1]).expand(ids.shape).clone()
 
 
-def _from_one(ids: Tensor, eos_id: int) -> Masks:
+def positions_from_1(ids: Tensor, eos_id: int) -> Masks:
+    """Your positions count the token itself, so they begin at 1. The first token of a document has 0 before
+    it."""
     mask, positions = document_mask(ids, eos_id)
     return mask, positions + 1
 
 
-def _first_row(ids: Tensor, eos_id: int) -> Masks:
+def one_row_for_all(ids: Tensor, eos_id: int) -> Masks:
+    """You used the borders of the first row for the whole batch. Each row has borders of its own."""
     mask, positions = document_mask(ids[:1].expand(ids.shape), eos_id)
     return mask, positions
 
@@ -353,12 +387,7 @@ EXERCISES = [
                 "The signatures are right, but you took the Jaccard similarity of the two sets of values. The "
                 "estimate is the share of places that agree.",
             ),
-            Misconception(
-                "empty sets let through",
-                _unchecked,
-                "You gave an empty set a signature, so all empty documents would be copies of one another: raise a "
-                "ValueError.",
-            ),
+            empty_sets_let_through,
         ],
     ),
     Exercise(
@@ -418,52 +447,14 @@ EXERCISES = [
             ),
         ],
         misconceptions=[
-            Misconception(
-                "an order for each rank",
-                _seed_with_rank,
-                "The rank is in the seed, so each rank shuffles everything in its own way, and their shares overlap "
-                "and leave gaps. All ranks share one order, and take different places in it.",
-            ),
-            Misconception(
-                "the same rows on every rank",
-                _same_on_every_rank,
-                "Every rank reads the first rows of the batch: the run costs more and learns no faster. Rank r begins "
-                "r · rows further on.",
-            ),
-            Misconception(
-                "the epoch begun again",
-                _restarting,
-                "The place within the epoch is lost: whatever was seen, you begin at the start of the epoch, so its "
-                "first windows come again and again.",
-            ),
-            Misconception(
-                "one too far",
-                _one_ahead,
-                "You are off by one. `seen` samples are used, numbers 0 to seen - 1, so the next is number `seen`.",
-            ),
-            Misconception(
-                "dealt like cards",
-                _like_cards,
-                "Rank r took every world_size-th row. Each window still comes once, but the ranks one after the other "
-                "no longer give the batch that one process would have: take neighboring rows.",
-            ),
-            Misconception(
-                "the end cut short",
-                _cut_short,
-                "A slice at the end of the order is shorter than asked, without an error, and the other ranks would "
-                "wait for this one. Rows beyond the end come from the next epoch.",
-            ),
-            Misconception(
-                "round the corner into the same epoch",
-                _one_epoch_for_all,
-                "At the end of an epoch you went back to the beginning of the same order, so those windows come twice "
-                "in it. Sample k is in epoch k // n, with that epoch's order.",
-            ),
-            Misconception(
-                "rows left out",
-                _unevenly,
-                "5 rows for 2 ranks: you gave 2 to each, and nobody reads the fifth. Raise a ValueError.",
-            ),
+            an_order_for_each_rank,
+            the_same_rows_on_every_rank,
+            the_epoch_begun_again,
+            one_too_far,
+            dealt_like_cards,
+            the_end_cut_short,
+            round_the_corner_into_the_same_epoch,
+            rows_left_out,
         ],
     ),
     Exercise(
@@ -504,47 +495,14 @@ EXERCISES = [
             ),
         ],
         misconceptions=[
-            Misconception(
-                "the end in the next document",
-                _eos_with_the_next,
-                "Your <eos> belongs to the document after it, so it cannot see what it ends, and the next document "
-                "begins with it. The sum must not count the <eos> that stands at the position itself.",
-            ),
-            Misconception(
-                "both directions",
-                _both_ways,
-                "Within a document every position sees every other, later ones too. Keep the lower triangle.",
-            ),
-            Misconception(
-                "rows and columns swapped",
-                _turned,
-                "Your mask is transposed: row t says what position t may attend to, so its True lie to the left.",
-            ),
-            Misconception(
-                "only causal",
-                _only_causal,
-                "This is the ordinary causal mask: every document still sees those before it.",
-            ),
-            Misconception(
-                "True hides",
-                _true_hides,
-                "Your mask says what to hide. In this course, and in PyTorch's attention, True means: may attend.",
-            ),
-            Misconception(
-                "positions that go on",
-                _going_on,
-                "The mask is right, but the positions go on across documents. They begin at 0 after each <eos>.",
-            ),
-            Misconception(
-                "positions from 1",
-                _from_one,
-                "Your positions count the token itself, so they begin at 1. The first token of a document has 0 before it.",
-            ),
-            Misconception(
-                "one row for all",
-                _first_row,
-                "You used the borders of the first row for the whole batch. Each row has borders of its own.",
-            ),
+            the_end_in_the_next_document,
+            both_directions,
+            rows_and_columns_swapped,
+            only_causal,
+            True_hides,
+            positions_that_go_on,
+            positions_from_1,
+            one_row_for_all,
         ],
     ),
 ]

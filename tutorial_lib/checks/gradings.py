@@ -40,11 +40,11 @@ def grading_files() -> dict[str, Path]:
 @cache
 def _exercises_in(file: Path, lesson: str) -> dict[str, Exercise]:
     """Run a grading; its name starts with a digit, so `import` cannot."""
-    name = f"grading.{file.parent.name}.{file.stem}"
+    name = f"grading_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look a class's module up
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up
     spec.loader.exec_module(module)
     found: dict[str, Exercise] = {}
     for exercise in module.EXERCISES:

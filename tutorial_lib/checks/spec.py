@@ -7,6 +7,7 @@ claimed only when the learner's numbers equal a misconception's numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +62,21 @@ class Misconception:
     wrong: Any
     sentence: str
 
+    @classmethod
+    def of(cls, wrong: Any) -> Misconception:
+        """A function or class says both itself: `def mean_of_means` (or `class MeanOfMeans`), and its docstring.
+
+        Raises:
+            ValueError: if it has no docstring.
+        """
+        if isinstance(wrong, cls):
+            return wrong
+        name, sentence = wrong.__name__, " ".join((wrong.__doc__ or "").split())
+        if not sentence:
+            raise ValueError(f"the misconception {name} needs a docstring: the sentence that learners read")
+        words = name if "_" in name else re.sub("(?<!^)(?=[A-Z])", " ", name).lower()
+        return cls(words.replace("_", " "), wrong, sentence)
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -72,10 +88,14 @@ class Exercise:
     reference: Any
     probes: Sequence[Probe]
     misconceptions: Sequence[Misconception]
+    """A function or class may stand for one: see `Misconception.of`."""
     look_again: str
     """A heading of the lesson, word for word."""
     equivalent_mutants: Mapping[str, str] = field(default_factory=dict)
     """Mutants of the solution that no probe can tell from it, each with the reason."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "misconceptions", tuple(map(Misconception.of, self.misconceptions)))
 
     @property
     def lesson(self) -> str:
