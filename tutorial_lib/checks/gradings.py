@@ -24,17 +24,22 @@ def grading_files() -> dict[str, Path]:
         FileNotFoundError: if there is none, in none of `PLACES`.
         ValueError: if a lesson has two.
     """
-    files = next((found for place in PLACES if (found := list(place.glob("part_*/*_*_*.py")))), [])
+    files = next((found for place in PLACES if (found := list(place.glob("part_*/[0-9]*_[0-9]*_*.py")))), [])
     if not files:
         places = " nor ".join(map(str, PLACES))
-        raise FileNotFoundError(f"no gradings in {places}: clone the course again, or install it again")
+        raise FileNotFoundError(f"the gradings are neither in {places}: clone or install the course again")
     by_lesson: dict[str, Path] = {}
-    for file in sorted(files, key=lambda file: [int(n) for n in file.stem.split("_")[:2]]):
+    for file in sorted(files, key=_in_the_course):
         lesson = ".".join(file.stem.split("_")[:2])
         if lesson in by_lesson:
             raise ValueError(f"lesson {lesson} has two gradings, {by_lesson[lesson].name} and {file.name}")
         by_lesson[lesson] = file
     return by_lesson
+
+
+def _in_the_course(file: Path) -> tuple[int, int, str]:
+    part, lesson, name = file.stem.split("_", 2)
+    return int(part), int(lesson), name
 
 
 @cache
