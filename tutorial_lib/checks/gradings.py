@@ -1,4 +1,4 @@
-"""Where the gradings are: `grading/part_3_modernizing/3_2_rope.py` grades the exercises of the lesson at that path."""
+"""Finds the gradings: `grading/part_3_modernizing/3_2_rope.py` says how that lesson's exercises are checked."""
 
 from __future__ import annotations
 
