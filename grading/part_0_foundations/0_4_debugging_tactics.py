@@ -505,7 +505,7 @@ def where_comes_afterwards(logits: Tensor, mask: Tensor) -> Tensor:
     return -torch.where(p > 0, p * p.log(), torch.zeros_like(p)).sum(dim=-1)
 
 
-def mended_by_nan_to_num(logits: Tensor, mask: Tensor) -> Tensor:
+def NaN_mended_afterwards(logits: Tensor, mask: Tensor) -> Tensor:
     """nan_to_num mends the value; its gradient of 0 then meets −∞ on the way back, and is NaN again. Fill
     with a finite number, so that there is nothing to mend."""
     log_p = logits.masked_fill(~mask, -math.inf).log_softmax(dim=-1)
@@ -660,7 +660,7 @@ C = Exercise(
     misconceptions=[
         masked_after_the_softmax,
         where_comes_afterwards,
-        mended_by_nan_to_num,
+        NaN_mended_afterwards,
         the_mask_multiplied_in,
         added_instead_of_replaced,
         the_sign,

@@ -208,7 +208,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def cropped_with_is_causal(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def cropped_with_a_triangle(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """The keys are the last ones of the text, and the kernel's triangle starts at the first of them, so early
     queries meet keys from their future. Leave the keys whole, and say with a mask who sees whom."""
     k, v = k[:, :, -window:], v[:, :, -window:]
@@ -306,7 +306,7 @@ DEBUG = Exercise(
         ),
     ],
     misconceptions=[
-        cropped_with_is_causal,
+        cropped_with_a_triangle,
         no_window,
         the_window_and_one_more,
         queries_counted_from_0,

@@ -97,7 +97,7 @@ def _mean_of_means(total: Tensor, batch: Batch, i: int) -> Tensor:
     return total / max(1, _count(batch[i : i + 1])) / len(batch)
 
 
-def zero_grad_inside_the_loop(model: nn.Module, micro_batches: Batch) -> Tensor:
+def gradients_zeroed_inside_the_loop(model: nn.Module, micro_batches: Batch) -> Tensor:
     """Gradients were set to zero at every micro-batch, so only the last one is left. backward() adds to
     .grad: leave it alone here."""
     n_valid, total = _count(micro_batches), torch.tensor(0.0)
@@ -220,7 +220,7 @@ BUILD = Exercise(
             "You divided by the labels counted up to this micro-batch, so the early ones weigh more. Count all of "
             "them before the first backward.",
         ),
-        zero_grad_inside_the_loop,
+        gradients_zeroed_inside_the_loop,
         one_backward_for_all,
     ],
 )
