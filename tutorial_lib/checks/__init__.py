@@ -17,6 +17,7 @@ def check(exercise_id: str, learner: Any) -> Result:
 
     Raises:
         KeyError: if there is no such exercise.
+        FileNotFoundError: if the gradings are not here.
     """
     exercise = find_exercise(exercise_id)
     if is_untouched_object(exercise.lesson, exercise.symbol, learner):
