@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tutorial_lib.checks.grade import grade
-from tutorial_lib.checks.spec import find_exercise
+from tutorial_lib.checks.gradings import find_exercise
 
 Answer = Callable[..., Any]
 

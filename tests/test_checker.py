@@ -7,21 +7,23 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
 
-from tutorial_lib.checks import check, progress
+from tutorial_lib.checks import check, gradings, progress
 from tutorial_lib.checks.__main__ import main
 from tutorial_lib.checks.grade import grade
+from tutorial_lib.checks.gradings import all_exercises, find_exercise
 from tutorial_lib.checks.mutate import mutants
 from tutorial_lib.checks.notebook import Cell, definitions, notebook_of
 from tutorial_lib.checks.probes import equals, fill_by_name, holds, leaks, same_shape
 from tutorial_lib.checks.report import as_html, as_text
 from tutorial_lib.checks.sandbox import grade_notebook
-from tutorial_lib.checks.spec import Exercise, Misconception, Probe, all_exercises, find_exercise, same_value
+from tutorial_lib.checks.spec import Exercise, Misconception, Probe, same_value
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = "def split_heads(x, n):\n    B, T, D = x.shape\n    return x.view(B, T, n, D // n).transpose(1, 2)"
@@ -270,6 +272,143 @@ def test_a_diagnosis_needs_all_probes_when_two_ideas_look_alike():
     assert grade(exercise, lambda x: x + 6).diagnosis == "plus 6"
     assert grade(exercise, lambda x: x * x).diagnosis == "square"
     assert grade(exercise, lambda x: x + 7).diagnosis == ""
+
+
+# ── where the gradings come from ──────────────────────────────────────────────────────────────────────────
+
+
+GRADING = """
+from tutorial_lib.checks.spec import Exercise
+
+def double(x):
+    return 2 * x
+
+def square(x):
+    \"\"\"You multiplied x with itself;
+    double it.\"\"\"
+    return x * x
+
+class PlusTwo:
+    "You added 2."
+
+EXERCISES = [Exercise(id, "double", double, [], [square, PlusTwo], "") for id in {ids}]
+"""
+
+
+@pytest.fixture
+def write_grading(tmp_path, monkeypatch):
+    """Writes gradings into an installed package's place; there is no clone beside it."""
+    monkeypatch.setattr(gradings, "PLACES", (tmp_path / "clone", tmp_path / "installed"))
+
+    def write(path: str, *ids: str) -> None:
+        file = tmp_path / "installed" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(GRADING.replace("{ids}", repr(ids)), encoding="utf-8")
+
+    return write
+
+
+def test_gradings_are_found_where_they_were_installed_and_run_when_asked_for(write_grading):
+    write_grading("part_9_x/9_10_late.py", "9.10.b", "9.10.a")
+    write_grading("part_9_x/9_2_early.py", "9.2.a")
+    write_grading("part_8_x/8_1_broken.py")
+    broken = gradings.grading_files()["8.1"]
+    broken.write_text("raise RuntimeError('run')", encoding="utf-8")
+    assert find_exercise("9.10.a").id == "9.10.a"
+    with pytest.raises(RuntimeError, match="run"):
+        all_exercises()
+    broken.unlink()
+    assert list(all_exercises()) == ["9.2.a", "9.10.a", "9.10.b"]
+    with pytest.raises(KeyError, match=r"no exercise '9.2.b'; the nearest is 9.2.a"):
+        find_exercise("9.2.b")
+
+
+def test_what_a_grading_must_not_do_is_said(write_grading):
+    with pytest.raises(FileNotFoundError, match="the gradings are neither in .*clone or install"):
+        find_exercise("9.1.a")
+    write_grading("part_9_x/9_1_twice.py", "9.1.a", "9.1.a")
+    with pytest.raises(ValueError, match="exercise 9.1.a is defined twice in 9_1_twice.py"):
+        find_exercise("9.1.a")
+    write_grading("part_9_x/9_2_x.py", "9.3.a")
+    with pytest.raises(ValueError, match="9_2_x.py defines exercise 9.3.a, which is not of lesson 9.2"):
+        find_exercise("9.2.a")
+    write_grading("part_9_x/9_2_y.py", "9.2.a")
+    with pytest.raises(ValueError, match="lesson 9.2 has two gradings, 9_2_x.py and 9_2_y.py"):
+        all_exercises()
+
+
+def test_a_misconception_is_named_by_its_definition(write_grading):
+    write_grading("part_9_x/9_4_names.py", "9.4.a")
+    square, plus_two = find_exercise("9.4.a").misconceptions
+    assert (square.name, square.sentence) == ("square", "You multiplied x with itself; double it.")
+    assert (plus_two.name, plus_two.sentence) == ("plus two", "You added 2.")
+    assert square.wrong(3) == 9
+
+    def p_of_one_without_GELU():
+        "Said."
+
+    assert Misconception.of(p_of_one_without_GELU).name == "p of one without GELU"
+    with pytest.raises(ValueError, match="the misconception <lambda> needs a docstring"):
+        Exercise("9.9.f", "f", None, [], [lambda x: x], "")
+
+
+# Runs where no clone is, as on Colab: the package and its gradings come from the wheel.
+FROM_A_WHEEL = """
+import tutorial_lib
+from tutorial_lib.checks import check
+from tutorial_lib.checks.__main__ import main
+from tutorial_lib.checks.gradings import grading_files
+
+assert all("tutorial_lib/grading" in file.as_posix() for file in grading_files().values())
+
+def split_heads(x, n):
+    B, T, D = x.shape
+    return x.view(B, T, n, D // n).transpose(1, 2)
+
+assert check("1.4.a", split_heads).passed
+
+def split_heads(x, n):
+    B, T, D = x.shape
+    return x.view(B, n, T, D // n)
+
+result = check("1.4.a", split_heads)
+assert result.diagnosis == "reshape without transpose"
+assert "make hint" not in repr(result) and "make hint" not in result._repr_html_()
+
+def split_heads(x, n):
+    raise NotImplementedError
+
+assert check("1.4.a", split_heads).status == "not started"
+for words in (["hint", "1.4.a"], ["progress"], ["chapter", "1"]):
+    assert main(words) == 2
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_the_gradings_along(tmp_path):
+    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    for folder in ("tutorial_lib", "grading"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
+    run = [sys.executable, "-c", build, str(tmp_path)]
+    subprocess.run(run, cwd=source, capture_output=True, check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    shipped = {file.relative_to(site / "tutorial_lib") for file in site.rglob("*.py")}
+    ours = {file.relative_to(source) for file in (source / "grading").rglob("*.py")}
+    ours |= {file.relative_to(source / "tutorial_lib") for file in (source / "tutorial_lib").rglob("*.py")}
+    assert shipped == ours
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    run = [sys.executable, "-c", FROM_A_WHEEL]
+    done = subprocess.run(run, cwd=empty, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sentence = "the course's folder is not here: run this inside a clone of it"
+    assert done.stderr.splitlines() == [sentence] * 3
+    assert not list(empty.iterdir()), "nothing is left where nothing was asked for"
 
 
 # ── the command line ──────────────────────────────────────────────────────────────────────────────────────

@@ -5,20 +5,25 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tutorial_lib.checks.grade import Result, grade
+from tutorial_lib.checks.grade import Result, grade, run_probe
+from tutorial_lib.checks.gradings import all_exercises, grading_files
 from tutorial_lib.checks.mutate import mutants
 from tutorial_lib.checks.notebook import code_cells, notebook_of, statements
+from tutorial_lib.checks.probes import equals, same_parameters, same_shape
 from tutorial_lib.checks.sandbox import grade_cells, grade_notebook
-from tutorial_lib.checks.spec import Exercise, all_exercises
+from tutorial_lib.checks.spec import Exercise, Probe
 from tutorial_lib.checks.stubs import top_level_source
 
 ROOT = Path(__file__).resolve().parents[1]
 EXERCISES = list(all_exercises().values())
+COMPARISONS = (same_shape.__qualname__, same_parameters.__qualname__, equals().__qualname__)
+PROPERTIES = [(e, p) for e in EXERCISES for p in e.probes if p.judge.__qualname__ not in COMPARISONS]
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=[e.id for e in EXERCISES])
 
 
@@ -39,10 +44,11 @@ def test_the_solution_passes(exercise: Exercise):
     assert result.passed, repr(result)
 
 
-@each_exercise
-def test_the_reference_passes(exercise: Exercise):
-    result = grade(exercise, exercise.reference)
-    assert result.passed, repr(result)
+@pytest.mark.parametrize(("exercise", "probe"), PROPERTIES, ids=[f"{e.id} {p.name}" for e, p in PROPERTIES])
+def test_the_reference_has_the_properties_that_it_asks_for(exercise: Exercise, probe: Probe):
+    """Where a judge compares with the reference, it cannot be wrong about itself: the solution is held to it."""
+    result = run_probe(probe, exercise.reference)
+    assert (failure := probe.judge(result, result)) is None, failure
 
 
 @each_exercise
@@ -80,6 +86,7 @@ def test_every_misconception_is_rejected_and_named(exercise: Exercise):
         assert result.status == "wrong", f"{misconception.name}: {result!r}"
         assert result.diagnosis == misconception.name, f"{misconception.name}: {result!r}"
         assert misconception.sentence in repr(result)
+        assert misconception.sentence.endswith((".", "?", "!", ".)"))
 
 
 @each_exercise
@@ -94,6 +101,27 @@ def test_the_text_is_complete(exercise: Exercise):
     text = "\n".join("".join(c["source"]) for c in chapter["cells"] if c["cell_type"] == "markdown")
     headings = [h.strip() for h in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
     assert exercise.look_again in headings, f"no such heading in the lesson: {exercise.look_again!r}"
+
+
+def test_every_lesson_has_its_grading_at_the_same_path():
+    def tails(tree: str, ending: str) -> list[Path]:
+        return sorted(p.relative_to(ROOT / tree).with_suffix("") for p in (ROOT / tree).rglob(f"*{ending}"))
+
+    lessons = [tail for tail in tails("chapters", ".ipynb") if ".ipynb_checkpoints" not in tail.parts]
+    assert tails("grading", ".py") == lessons
+
+
+@pytest.mark.parametrize("file", grading_files().values(), ids=grading_files())
+def test_a_grading_stands_alone(file: Path):
+    """It imports no other grading, and nothing that comes with neither the package nor Python."""
+    imported = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add("" if node.level else (node.module or "").partition(".")[0])
+    loaders = {"importlib", "runpy", "imp", "pkgutil"}
+    assert imported <= {"tutorial_lib", "torch", "numpy", *sys.stdlib_module_names} - loaders
 
 
 def test_every_lesson_has_at_least_two_exercises():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tutorial_lib.checks.grade import Result, grade
+from tutorial_lib.checks.gradings import find_exercise
 from tutorial_lib.checks.progress import record
-from tutorial_lib.checks.spec import find_exercise
 from tutorial_lib.checks.stubs import is_untouched_object
 
 __all__ = ["check"]
@@ -17,6 +17,7 @@ def check(exercise_id: str, learner: Any) -> Result:
 
     Raises:
         KeyError: if there is no such exercise.
+        FileNotFoundError: if the gradings are not here.
     """
     exercise = find_exercise(exercise_id)
     if is_untouched_object(exercise.lesson, exercise.symbol, learner):

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 from tutorial_lib.checks.grade import Result
+from tutorial_lib.checks.gradings import all_exercises, find_exercise, grading_files
 from tutorial_lib.checks.notebook import find_home, notebook_of, statements
 from tutorial_lib.checks.progress import next_hint, overview, record
 from tutorial_lib.checks.report import as_text, chapter_table, summary
 from tutorial_lib.checks.sandbox import grade_notebook
-from tutorial_lib.checks.spec import all_exercises, find_exercise
 
 
 def _fail(sentence: str) -> int:
@@ -39,8 +39,8 @@ def chapter(part: str, tree: Path, verbose: bool = False, as_json: bool = False)
         mine = [e for e in exercises if e.lesson == lesson]
         path = notebook_of(lesson, tree)
         if path is None:
-            home = notebook_of(lesson, find_home() / "solutions")  # type: ignore[operator]
-            name = home.relative_to(home.parents[1]) if home else lesson
+            grading = grading_files()[lesson]  # at the notebook's own path, in its tree
+            name = f"{grading.parent.name}/{grading.stem}.ipynb"
             return _fail(f"{tree / name} is not there: `make exercises` writes it again")
         try:
             titles |= {s.id: s.title for s in statements(path).values()}
@@ -79,6 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     two.add_argument("--all", action="store_true", help="all hints")
     commands.add_parser("progress", help="what is done, what is next")
     args = parser.parse_args(argv)
+    home = find_home()
+    if home is None and not (args.command == "chapter" and args.tree):
+        return _fail("the course's folder is not here: run this inside a clone of it")
+    try:
+        grading_files()
+    except FileNotFoundError as error:
+        return _fail(str(error))
     if args.command == "progress":
         print(overview())
         return 0
@@ -90,9 +97,6 @@ def main(argv: list[str] | None = None) -> int:
         except KeyError as error:
             return _fail(error.args[0])
         return 0
-    home = find_home()
-    if args.tree is None and home is None:
-        return _fail("the course's folder is not here: run this inside a clone of it")
     return chapter(args.part, args.tree or home / "exercises", args.verbose, args.json)  # type: ignore[operator]
 
 

@@ -7,9 +7,9 @@ through, too.
 from __future__ import annotations
 
 import ast
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Mutant", "mutants"]
 
@@ -24,6 +24,7 @@ _BINARY: dict[type, type] = {
     ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd,
 }
+_BOOLEAN: dict[type, type] = {ast.And: ast.Or, ast.Or: ast.And}
 _COMPARE: dict[type, type] = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -52,26 +53,23 @@ def mutants(source: str) -> Iterator[Mutant]:
     Docstrings, annotations and the text of errors are left alone: nobody computes with them.
     """
     tree = ast.parse(source)
-    count = len(list(_places(tree)))
     seen = {ast.unparse(tree)}  # swapping two equal arguments changes nothing
-    for i in range(count):
-        for variant in range(3):
-            changed = copy.deepcopy(tree)
-            owner, name, index, node = list(_places(changed))[i]
-            before = ast.unparse(node)
-            new = _mutate(node, variant)
-            if new is None:
-                break
-            if index is None:
-                setattr(owner, name, new)
-            else:
-                getattr(owner, name)[index] = new
-            ast.fix_missing_locations(changed)
-            after = ast.unparse(new)
-            text = ast.unparse(changed)
+    for owner, name, index, node in list(_places(tree)):
+        before = ast.unparse(node)
+        for new in _MUTATIONS.get(type(node), _no_mutation)(node):
+            _put(owner, name, index, new)
+            text = ast.unparse(tree)
+            _put(owner, name, index, node)
             if text not in seen:
                 seen.add(text)
-                yield Mutant(f"`{_first_line(before)}` became `{_first_line(after)}`", text)
+                yield Mutant(f"`{_first_line(before)}` became `{_first_line(ast.unparse(new))}`", text)
+
+
+def _put(owner: ast.AST, name: str, index: int | None, node: ast.AST) -> None:
+    if index is None:
+        setattr(owner, name, node)
+    else:
+        getattr(owner, name)[index] = node
 
 
 def _first_line(text: str) -> str:
@@ -110,41 +108,65 @@ def _is_text(node: ast.AST) -> bool:
     )
 
 
-def _mutate(node: ast.AST, variant: int) -> ast.AST | None:
-    """The node's `variant`-th mutation, or None when it has no more."""
+# --- what may become of a node: a list, by its type -------------------------------------------------------------
+
+
+def _no_mutation(node: ast.AST) -> list[ast.AST]:
+    return []
+
+
+def _operation(node: ast.BinOp) -> list[ast.AST]:
     options: list[ast.AST] = []
-    if isinstance(node, ast.BinOp):
-        if type(node.op) in _BINARY:
-            options.append(ast.BinOp(node.left, _BINARY[type(node.op)](), node.right))
-        if isinstance(node.op, (ast.Sub, ast.Div, ast.MatMult, ast.Pow)):
-            options.append(ast.BinOp(node.right, node.op, node.left))
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in _COMPARE:
-        options.append(
-            ast.Compare(node.left, [_COMPARE[type(node.ops[0])](), *node.ops[1:]], node.comparators)
-        )
-    elif isinstance(node, ast.BoolOp):
-        options.append(ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values))
-    elif isinstance(node, ast.UnaryOp):
-        options.append(node.operand)
-    elif isinstance(node, ast.Constant):
-        value = node.value
-        if isinstance(value, bool):
-            options.append(ast.Constant(not value))
-        elif isinstance(value, int):
-            options.append(ast.Constant(value + 1))
-        elif isinstance(value, float):
-            options.append(ast.Constant(value * 2 + (value == 0)))
-    elif isinstance(node, ast.IfExp):
-        options += [node.body, node.orelse]
-    elif isinstance(node, ast.If):
-        options.append(ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse))
-    elif isinstance(node, ast.Call):
-        if node.keywords:
-            options.append(ast.Call(node.func, node.args, node.keywords[:-1]))
-        if len(node.args) >= 2:
-            options.append(ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords))
-        elif isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
-            options.append(node.func.value)  # x.sqrt() becomes x
-    elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
-        options.append(ast.Pass())
-    return options[variant] if variant < len(options) else None
+    if type(node.op) in _BINARY:
+        options.append(ast.BinOp(node.left, _BINARY[type(node.op)](), node.right))
+    if isinstance(node.op, (ast.Sub, ast.Div, ast.MatMult, ast.Pow)):
+        options.append(ast.BinOp(node.right, node.op, node.left))
+    return options
+
+
+def _comparison(node: ast.Compare) -> list[ast.AST]:
+    first, *others = node.ops
+    if type(first) not in _COMPARE:
+        return []
+    return [ast.Compare(node.left, [_COMPARE[type(first)](), *others], node.comparators)]
+
+
+def _constant(node: ast.Constant) -> list[ast.AST]:
+    value = node.value
+    if isinstance(value, bool):
+        return [ast.Constant(not value)]
+    if isinstance(value, int):
+        return [ast.Constant(value + 1)]
+    if isinstance(value, float):
+        return [ast.Constant(value * 2 + (value == 0))]
+    return []
+
+
+def _call(node: ast.Call) -> list[ast.AST]:
+    options: list[ast.AST] = []
+    if node.keywords:
+        options.append(ast.Call(node.func, node.args, node.keywords[:-1]))
+    if len(node.args) >= 2:
+        options.append(ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords))
+    elif isinstance(node.func, ast.Attribute) and not node.args and not node.keywords:
+        options.append(node.func.value)  # x.sqrt() becomes x
+    return options
+
+
+def _dropped(node: ast.stmt) -> list[ast.AST]:
+    return [ast.Pass()]
+
+
+_MUTATIONS: dict[type, Callable[[Any], list[ast.AST]]] = {
+    ast.BinOp: _operation,
+    ast.Compare: _comparison,
+    ast.BoolOp: lambda node: [ast.BoolOp(_BOOLEAN[type(node.op)](), node.values)],
+    ast.UnaryOp: lambda node: [node.operand],
+    ast.Constant: _constant,
+    ast.IfExp: lambda node: [node.body, node.orelse],
+    ast.If: lambda node: [ast.If(ast.UnaryOp(ast.Not(), node.test), node.body, node.orelse)],
+    ast.Call: _call,
+    ast.Assign: _dropped,
+    ast.AugAssign: _dropped,
+    ast.Expr: _dropped,
+}

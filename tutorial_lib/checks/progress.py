@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checks.grade import Result
+from tutorial_lib.checks.gradings import all_exercises
 from tutorial_lib.checks.notebook import find_home, notebook_of, statements
-from tutorial_lib.checks.spec import Exercise, all_exercises
+from tutorial_lib.checks.spec import Exercise
 from tutorial_lib.files import write_text
 
 __all__ = ["next_hint", "overview", "record"]

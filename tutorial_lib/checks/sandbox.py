@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 from tutorial_lib.checks.grade import Result, grade
+from tutorial_lib.checks.gradings import find_exercise
 from tutorial_lib.checks.guard import explain_crash, guarded
 from tutorial_lib.checks.notebook import Cell, code_cells, definitions
-from tutorial_lib.checks.spec import Exercise, find_exercise
+from tutorial_lib.checks.spec import Exercise
 from tutorial_lib.checks.stubs import is_untouched, top_level_source
 
 __all__ = ["grade_cells", "grade_notebook", "load_symbol"]

@@ -7,11 +7,9 @@ claimed only when the learner's numbers equal a misconception's numbers.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,8 +20,6 @@ __all__ = [
     "Judge",
     "Misconception",
     "Probe",
-    "all_exercises",
-    "find_exercise",
     "same_value",
 ]
 
@@ -66,6 +62,21 @@ class Misconception:
     wrong: Any
     sentence: str
 
+    @classmethod
+    def of(cls, wrong: Any) -> Misconception:
+        """A function or class says both itself: `def mean_of_means` (or `class MeanOfMeans`), and its docstring.
+
+        Raises:
+            ValueError: if it has no docstring.
+        """
+        if isinstance(wrong, cls):
+            return wrong
+        name, sentence = wrong.__name__, " ".join((wrong.__doc__ or "").split())
+        if not sentence:
+            raise ValueError(f"the misconception {name} needs a docstring: the sentence that learners read")
+        words = name if "_" in name else re.sub("(?<!^)(?=[A-Z])", " ", name).lower()
+        return cls(words.replace("_", " "), wrong, sentence)
+
 
 @dataclass(frozen=True)
 class Exercise:
@@ -77,10 +88,14 @@ class Exercise:
     reference: Any
     probes: Sequence[Probe]
     misconceptions: Sequence[Misconception]
+    """A function or class may stand for one: see `Misconception.of`."""
     look_again: str
     """A heading of the lesson, word for word."""
     equivalent_mutants: Mapping[str, str] = field(default_factory=dict)
     """Mutants of the solution that no probe can tell from it, each with the reason."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "misconceptions", tuple(map(Misconception.of, self.misconceptions)))
 
     @property
     def lesson(self) -> str:
@@ -91,38 +106,6 @@ class Exercise:
     def part(self) -> int:
         """1 for exercise 1.4.a."""
         return int(self.id.split(".")[0])
-
-
-@cache
-def all_exercises() -> dict[str, Exercise]:
-    """Every exercise by id, in the order of the course."""
-    from tutorial_lib.checks import lessons
-
-    found: dict[str, Exercise] = {}
-    for module in pkgutil.iter_modules(lessons.__path__, lessons.__name__ + "."):
-        for exercise in importlib.import_module(module.name).EXERCISES:
-            if exercise.id in found:
-                raise ValueError(f"exercise {exercise.id} is defined twice (again in {module.name})")
-            found[exercise.id] = exercise
-    return dict(sorted(found.items(), key=lambda item: _sort_key(item[0])))
-
-
-def _sort_key(exercise_id: str) -> tuple[int, int, str]:
-    part, lesson, letter = exercise_id.split(".")
-    return int(part), int(lesson), letter
-
-
-def find_exercise(exercise_id: str) -> Exercise:
-    """The exercise with this id; a KeyError names the nearest one."""
-    import difflib
-
-    exercises = all_exercises()
-    if exercise_id not in exercises:
-        near = difflib.get_close_matches(exercise_id.lower(), exercises, n=1, cutoff=0.0)
-        raise KeyError(
-            f"there is no exercise {exercise_id!r}; the nearest is {near[0]}" if near else "no exercises"
-        )
-    return exercises[exercise_id]
 
 
 def same_value(a: Any, b: Any, atol: float = 1e-5, rtol: float = 1e-4) -> bool:
