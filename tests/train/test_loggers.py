@@ -31,7 +31,7 @@ from tutorial_lib.train.loggers import (
 from tutorial_lib.train.loop import StepInfo, TrainConfig, train
 from tutorial_lib.train.watchers import LogSteps, LogWeights, TraceProfiler
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def table(path: Path) -> list[dict[str, str]]:

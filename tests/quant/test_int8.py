@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interop_models import CONFIGS, ours
 from torch import nn
 
+from tests.interop.models import CONFIGS, ours
 from tutorial_lib.core.decoding import generate_cached
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.tokenize import ByteTokenizer

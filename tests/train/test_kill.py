@@ -1,6 +1,6 @@
 """A run that is killed again and again ends with the same bits as one that was left alone.
 
-`python tests/test_kill.py FOLDER SEED` does the killing, in a process of its own: it imports torch once and forks a
+`python tests/train/test_kill.py FOLDER SEED` does the killing, in a process of its own: it imports torch once and forks a
 child for each life of the run. The parent never computes, and SIGKILL leaves a child no time for last words.
 """
 
@@ -250,7 +250,7 @@ def main(folder: Path, seed: int) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_fifty_times_ends_with_the_same_bits(tmp_path, record_property):
     command = [sys.executable, __file__, str(tmp_path), "7"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     report = json.loads(ran.stdout)

@@ -24,7 +24,7 @@ from tutorial_lib.train.callbacks import Stop
 from tutorial_lib.train.checkpoint import load_model
 from tutorial_lib.train.checkpoints import load_tree
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PLAN = """\
 model: {d_model: 256, n_heads: 4, n_layers: 8, d_mlp: 1024, vocab_size: 50257, rope: true, norm: rmsnorm}
 train: {batch_size: 32, seq_len: 256, steps: 20000, lr: 3e-4, warmup_steps: 500, weight_decay: 0.1, grad_clip: 1.0, amp: true}

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from interop_models import CONFIGS, ours, same_weights
 from torch.overrides import TorchFunctionMode
 
+from tests.interop.models import CONFIGS, ours, same_weights
 from tutorial_lib.core.decoding import generate_cached, left_pad
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.data.adapters import as_huggingface

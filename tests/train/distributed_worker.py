@@ -1,4 +1,4 @@
-"""What `tests/test_distributed.py` starts twice with torchrun: train in every way, save, resume, write what came out.
+"""What `tests/train/test_distributed.py` starts twice with torchrun: train in every way, save, resume, write what came out.
 
 It is imported by the test, too, which does the same in one process.
 """

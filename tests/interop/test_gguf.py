@@ -1,6 +1,6 @@
 """GGUF files: read as the package `gguf` reads them, written so that others read them, and SmolLM2 as transformers has it.
 
-What is damaged or made up by somebody with bad intentions is in test_interop_hostile.py.
+What is damaged or made up by somebody with bad intentions is in test_hostile.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from interop_models import CONFIGS, GPT2, LLAMA3, SHAPE, one_sentence, ours, same_weights, weights
+
+from tests.interop.models import CONFIGS, GPT2, LLAMA3, SHAPE, one_sentence, ours, same_weights, weights
 
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")

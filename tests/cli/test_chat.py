@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 pytest.importorskip("tokenizers")
 pytest.importorskip("gguf")
 
-from test_cli import ROOT, SMALL, run
-
+from tests.cli.test_cli import ROOT, SMALL, run
 from tutorial_lib.cli.main import app
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.tokenize import ByteTokenizer

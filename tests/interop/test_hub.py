@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from interop_models import one_sentence, ours, same_weights
+
+from tests.interop.models import one_sentence, ours, same_weights
 
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("tokenizers")

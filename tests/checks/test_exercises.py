@@ -17,7 +17,7 @@ from tutorial_lib.checks.sandbox import grade_cells, grade_notebook
 from tutorial_lib.checks.spec import Exercise, all_exercises
 from tutorial_lib.checks.stubs import top_level_source
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXERCISES = list(all_exercises().values())
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=[e.id for e in EXERCISES])
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from interop_models import GPT2, LLAMA3, one_sentence, ours, same_weights
 from safetensors.torch import load_file, save_file
+
+from tests.interop.models import GPT2, LLAMA3, one_sentence, ours, same_weights
 
 pytest.importorskip("gguf")
 pytest.importorskip("tokenizers")

@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interop_models import CONFIGS, GPT2, SHAPE, one_sentence, ours, same_weights, shaken, weights
 from safetensors.torch import load_file, save_file
+
+from tests.interop.models import CONFIGS, GPT2, SHAPE, one_sentence, ours, same_weights, shaken, weights
 
 pytest.importorskip("transformers")
 

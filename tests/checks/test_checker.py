@@ -23,7 +23,7 @@ from tutorial_lib.checks.report import as_html, as_text
 from tutorial_lib.checks.sandbox import grade_notebook
 from tutorial_lib.checks.spec import Exercise, Misconception, Probe, all_exercises, find_exercise, same_value
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = "def split_heads(x, n):\n    B, T, D = x.shape\n    return x.view(B, T, n, D // n).transpose(1, 2)"
 
 

@@ -8,12 +8,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import distributed_worker as worker  # beside this file
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.train import distributed_worker as worker
 from tutorial_lib.train.checkpoints import load_tree
 from tutorial_lib.train.deepspeed_engine import deepspeed_config, deepspeed_trainer
 from tutorial_lib.train.distributed import (
@@ -34,7 +34,7 @@ from tutorial_lib.train.distributed import (
 )
 from tutorial_lib.train.parallel import parallelize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch was built without gloo"
 )
@@ -73,7 +73,7 @@ def alone():
 def together(tmp_path_factory):
     """What two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    launch(str(ROOT / "tests/distributed_worker.py"), str(folder))
+    launch(str(ROOT / "tests/train/distributed_worker.py"), str(folder))
     return {**load_tree(folder / "out.ckpt")[0], "folder": folder}
 
 
@@ -164,7 +164,7 @@ def test_unwrap_and_gradient_sync_of_a_plain_model():
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_equals_one_process(stage, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    launch(str(ROOT / "tests/distributed_worker.py"), str(tmp_path), str(stage))
+    launch(str(ROOT / "tests/train/distributed_worker.py"), str(tmp_path), str(stage))
     out, _ = load_tree(tmp_path / "out.ckpt")
     assert largest_difference(out["weights"], alone["weights"]) < 1e-5
     assert largest_difference(out["resumed"], alone["weights"]) < 1e-5
