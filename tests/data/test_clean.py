@@ -259,8 +259,9 @@ def test_scrub_by_kind_and_region():
 @pytest.mark.parametrize(
     "junk", ["a" * 50_000, ":" * 50_000, "1 " * 30_000, "AB12" * 20_000, "a.-+" * 20_000 + "@"]
 )
-def test_scrub_is_not_caught_in_its_patterns(junk):
-    scrub(junk, ("EMAIL", "IBAN", "CARD", "IP"))
+def test_junk_is_no_personal_data_and_catches_no_pattern(junk):
+    """A pattern that tries every split of the junk is at it until the suite's time limit."""
+    assert scrub(junk, ("EMAIL", "IBAN", "CARD", "IP")) == (junk, {})
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,11 @@ def test_seed_everything_seeds_all_three():
 
 
 @pytest.mark.parametrize("seed", [0, 2**32, 2**63 - 1, np.int64(4)])
-def test_seeds_of_any_size(seed):
+def test_seeds_of_any_size_are_taken_whole(seed):
     seed_everything(seed)
+    assert torch.initial_seed() == seed
+    assert random.random() == random.Random(int(seed)).random()
+    assert np.random.rand() == np.random.RandomState(seed % 2**32).rand(), "numpy takes the lowest 32 bits"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
