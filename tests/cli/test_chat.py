@@ -137,7 +137,7 @@ def pipe(folder: Path, lines: str, *words: str):
     return CliRunner().invoke(app, ["chat", "--model", str(folder), *words], input=lines)
 
 
-def test_lines_from_a_pipe(folder):
+def test_each_line_of_a_pipe_is_answered(folder):
     words = ["--seed", "1", "--max-new-tokens", "20"]
     first, again = (pipe(folder, "One\n\n/temp 0.3\nTwo\n", *words) for _ in range(2))
     assert first.exit_code == 0 and first.stdout == again.stdout and len(first.stdout) >= 40
@@ -161,7 +161,7 @@ def test_the_seed_and_the_numbers(folder):
     assert first.stdout.startswith(stopped.stdout[:-1]) and len(stopped.stdout) < len(first.stdout)
 
 
-def test_export_and_back(folder, tmp_path, monkeypatch):
+def test_what_is_exported_comes_back_bit_for_bit(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     original = load_hf(folder)
     assert run("export", "small.gguf", "--model", str(folder), "--kind", "F32").exit_code == 0

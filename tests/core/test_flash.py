@@ -65,7 +65,7 @@ def test_any_leading_dimensions_and_layouts(lead):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradcheck(causal):
+def test_gradients_are_the_slopes_of_the_output(causal):
     q, k, v = (x.requires_grad_() for x in make(5, 7, (2,), C=3, C_v=2, dtype=torch.float64))
     assert torch.autograd.gradcheck(lambda *x: flash_attention(*x, causal, 0.7, 2, 3), (q, k, v))
 
@@ -86,7 +86,7 @@ def test_tiles_cover_all_that_is_visible_once_and_nothing_wholly_in_the_future(
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-def test_extreme_scores(size):
+def test_extreme_scores_stay_finite(size):
     q, k, v = make(20, 20, dtype=torch.float32)
     k = k.sign() * abs(size)
     q = q.sign() * (1 if size > 0 else -1)
@@ -216,7 +216,7 @@ def test_the_kernel_really_changes_and_comes_back():
 @pytest.mark.parametrize(
     "name, near", [("Flash", "flash"), ("flashatn2", "flash_attn2"), ("xformer", "xformers")]
 )
-def test_an_unknown_name(name, near):
+def test_an_unknown_kernel_names_the_nearest(name, near):
     with pytest.raises(ValueError, match=f"did you mean '{near}'"):
         with attention_kernel(name):
             pass

@@ -76,12 +76,12 @@ def write(model, ids, n, **how):
 
 
 @each_mode
-def test_token_by_token(mode):
+def test_token_by_token_it_says_the_same(mode):
     assert differs_with_cache(build(**MODES[mode]), tokens(), [1] * T) is None
 
 
 @each_shape
-def test_every_kind_of_model(shape):
+def test_every_kind_of_model_says_the_same(shape):
     model = build(**PRESET_LIKE[shape])
     assert differs_with_cache(model, tokens(), [9, 1, 1, 6, 7]) is None
 
@@ -89,13 +89,13 @@ def test_every_kind_of_model(shape):
 @pytest.mark.parametrize("mode", ["grouped", "window and sinks", "some layers with a window"])
 @settings(max_examples=6)
 @given(sizes=pieces(T), seed=st.integers(0, 99))
-def test_pieces_of_any_size(mode, sizes, seed):
+def test_pieces_of_any_size_say_the_same(mode, sizes, seed):
     assert differs_with_cache(build(**MODES[mode]), tokens(seed=seed), sizes) is None
 
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_shapes_that_nobody_chose(data):
+def test_shapes_that_nobody_chose_say_the_same(data):
     draw = data.draw
     groups, members = draw(st.integers(1, 3), "key heads"), draw(st.integers(1, 3), "queries for each")
     model = build(
@@ -118,7 +118,7 @@ def test_shapes_that_nobody_chose(data):
 
 @settings(max_examples=6)
 @given(sizes=pieces(60))
-def test_far_past_the_window(sizes):
+def test_far_past_the_window_it_says_the_same(sizes):
     model, ids = build(window=7, sinks=2, n_kv_heads=2), tokens(length=60)  # past six windows
     cache = model.new_cache(2, 60)
     assert all(isinstance(layer, RollingKVCache) for layer in cache)
@@ -198,7 +198,7 @@ def test_a_mask_further_restricts_with_and_without_a_cache(sizes):
 
 
 @pytest.mark.parametrize("mode", ["grouped", "window and sinks"])
-def test_in_bfloat16(mode):
+def test_in_bfloat16_only_rounding_differs(mode):
     # A bf16 model makes a bf16 cache; the differences are those of bf16 rounding.
     model, ids = build(**MODES[mode]), tokens()
     with torch.no_grad():
@@ -248,7 +248,7 @@ def test_no_leak_through_padding(mode):
     assert torch.equal(first[0, 4:], second[0, 4:]) and torch.equal(first[1], second[1])
 
 
-def test_the_rule_by_hand():
+def test_a_token_sees_itself_and_the_past_by_hand():
     rule = Causal()
     assert rule(torch.arange(3), torch.arange(3)).int().tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     seen = rule(torch.tensor([4, 5]), torch.tensor([4, -1, 0, 6]))  # slots in any order, one of them empty
@@ -424,12 +424,12 @@ def test_the_mode_is_given_back_and_dropout_is_off():
     assert list(generate_cached(model, tokens(1, 5), 0)) == []
 
 
-def test_padding_by_hand():
+def test_prompts_are_padded_on_the_left_by_hand():
     ids, positions = left_pad([[5, 6, 7], [8]], pad_id=9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]] and positions.tolist() == [[0, 1, 2], [-1, -1, 0]]
 
 
-def test_what_cannot_be_written():
+def test_what_cannot_be_written_is_refused():
     model = build()
     with pytest.raises(ValueError, match="at least one token"):
         next(generate_cached(model, torch.zeros(1, 0, dtype=torch.long), 3))

@@ -101,7 +101,7 @@ def test_the_first_position_changes_nothing():
     assert torch.equal(apply_rope(x, *RotaryEmbedding(8)(torch.tensor([0]))), x)
 
 
-def test_by_hand():
+def test_position_one_turns_by_one_radian():
     cos, sin = RotaryEmbedding(4)(torch.tensor([1]))
     turned = apply_rope(torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]]), cos, sin).flatten()
     torch.testing.assert_close(turned, torch.tensor([math.cos(1), 0.0, math.sin(1), 0.0]))

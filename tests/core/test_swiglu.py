@@ -56,7 +56,7 @@ def test_the_width_costs_what_a_plain_mlp_costs(d_model, multiple_of):
     assert 0 <= 3 * d_model * width - 8 * d_model**2 < 3 * d_model * multiple_of
 
 
-def test_public_widths():
+def test_the_widths_are_those_of_public_models():
     assert gated_width(4096, 256) == 11008  # Llama 7B
     assert gated_width(576) == 1536  # SmolLM2-135M
     assert SwiGLU(72).up.out_features == 192

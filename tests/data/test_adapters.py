@@ -170,7 +170,7 @@ def test_ids_outside_and_texts_that_are_none(name):
 
 
 @each
-def test_ends_and_lengths(name):
+def test_ends_are_known_and_lengths_add_up_to_bytes(name):
     tokenizer = KNOWN[name]
     assert tokenizer.eos_id == tokenizer.specials["<|eos|>"] and set(tokenizer.specials) == set(NAMES)
     lengths = token_lengths(tokenizer)
@@ -280,7 +280,7 @@ def test_sentencepiece_by_hand():
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN if name != "tiktoken"])
-def test_saved_and_loaded(name, tmp_path):
+def test_what_is_saved_comes_back(name, tmp_path):
     tokenizer = KNOWN[name]
     tokenizer.save(tmp_path / "deep" / "tokenizer.json", chat_template="{{ messages }}")
     back = load_tokenizer(str(tmp_path / "deep"))
@@ -293,7 +293,7 @@ def test_saved_and_loaded(name, tmp_path):
     )
 
 
-def test_tokenizers_that_differ():
+def test_tokenizers_that_differ_are_told_apart():
     own = BPETokenizer.train(TRAINED_ON, 280, NAMES)
     other = BPETokenizer.train(
         "other words, whose merges are quite another thing; numbers, letters, lines " * 9, 280, NAMES
@@ -324,7 +324,7 @@ def test_tokenizers_that_differ():
         (None, "<|eos|>", None),
     ],
 )
-def test_what_ends_a_text(said, eos, bos, tmp_path):
+def test_what_ends_a_text_is_read_from_the_config(said, eos, bos, tmp_path):
     KNOWN["own"].save(tmp_path / "tokenizer.json")
     path = tmp_path / "tokenizer_config.json"
     path.unlink() if said is None else path.write_text(json.dumps(said))
@@ -369,7 +369,7 @@ def test_ways_to_decode_that_are_not_known(decoder):
         HuggingFaceTokenizer(theirs)
 
 
-def test_vocabularies_that_are_none():
+def test_vocabularies_that_are_none_are_refused():
     for vocab, said in (({}, "no tokens"), ({"人": 0}, "stands for no byte")):
         theirs = tokenizers.Tokenizer(models.BPE(vocab, []))
         theirs.decoder = decoders.ByteLevel()
@@ -378,7 +378,7 @@ def test_vocabularies_that_are_none():
 
 
 @pytest.mark.slow
-def test_gpt2_three_times():
+def test_three_encoders_of_gpt2_give_the_same_ids():
     """Ours from its merges, tiktoken's and Hugging Face's encoders: one vocabulary, the same ids."""
     gpt2 = load_tokenizer("gpt2")
     others = [as_huggingface(gpt2), TiktokenTokenizer(gpt2.to_tiktoken())]

@@ -160,7 +160,7 @@ def test_sizes_and_what_training_refuses():
         BPETokenizer.train("ab", 257, ["<a>", "<b>"])
 
 
-def test_one_text_or_many():
+def test_one_text_or_many_give_the_same_merges():
     assert BPETokenizer.train("ab ab", 260).ranks == BPETokenizer.train(iter(["ab", " ab"]), 260).ranks
 
 
@@ -206,7 +206,7 @@ def test_three_encoders_one_list_of_ids(text: str):
 
 
 @given(texts)
-def test_three_encoders_with_specials(text: str):
+def test_three_encoders_agree_on_specials(text: str):
     """Hugging Face is left out where two names begin together: tiktoken takes the first there, we the longest."""
     text = text.replace("<|user|><|eos|>", "")
     ids = TOKENIZER.encode(text, allow_specials=True)
@@ -323,14 +323,14 @@ def test_a_pattern_that_loses_text_is_refused():
         BPETokenizer(BYTES, pattern=r"\w+").encode("two words")
 
 
-def test_digits_by_three():
+def test_a_pattern_of_ones_own_cuts_digits_by_three():
     pattern = GPT2_PATTERN.replace(r" ?\p{N}+", r"\p{N}{1,3}")
     tokenizer = BPETokenizer.train("1234567 " * 9, 400, pattern=pattern)
     assert tokenizer.encode("1234567") == tokenizer.to_tiktoken().encode_ordinary("1234567")
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1234567")] == ["123", "456", "7"]
 
 
-def test_save_and_load(tmp_path):
+def test_what_is_saved_comes_back(tmp_path):
     pattern = r"\p{N}|[^\p{N}]+"
     for tokenizer in (TOKENIZER, BPETokenizer.train("né 12 né 12", 280, pattern=pattern)):
         tokenizer.save(tmp_path / "new" / "bpe.json")
@@ -397,7 +397,7 @@ def test_tokens_out_of_order_or_twice(swap, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b"{}", b'{"format": []}']
 )
-def test_any_other_file(content, tmp_path):
+def test_any_other_file_is_refused(content, tmp_path):
     path = tmp_path / "other.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is not a BPE vocabulary"):
@@ -441,7 +441,7 @@ def gpt2() -> BPETokenizer:
     return BPETokenizer.from_gpt2(path.read_text(encoding="utf-8"))
 
 
-def test_gpt2_whole(gpt2, tmp_path):
+def test_gpt2s_vocabulary_gives_the_same_ids_in_three_hands(gpt2, tmp_path):
     """Ids that are known from OpenAI's own encoder, then a vocabulary in three other hands."""
     assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
     assert gpt2.encode("Hello, world!") == [15496, 11, 995, 0]

@@ -173,7 +173,7 @@ def test_each_quality_rule_has_its_victim(text, rule):
         (GOOD + " never" * 300, "characters in the top 2-gram"),
     ],
 )
-def test_repetition_rules(text, rule):
+def test_each_repetition_rule_catches_its_case(text, rule):
     assert first_broken(GOOD, GOPHER_REPETITION) is None
     assert first_broken(text, GOPHER_REPETITION)[0].name == rule
 
@@ -196,7 +196,7 @@ def test_repeated_ngrams_equal_a_slow_reference(words, n):
     assert repeated_ngrams(" ".join(words), n) == pytest.approx(len(covered) / max(1, len(words)))
 
 
-def test_c4():
+def test_pages_without_prose_break_the_rules_of_c4():
     good = "One is here. Two is there. Three!"
     assert first_broken(good, C4) is None
     for bad in ("One. Two.", good + " if (x) { y; }", good + " Lorem ipsum dolor."):
@@ -239,13 +239,13 @@ def test_rules_take_any_text(text):
         ("2024-01-05 10:22", "2024-01-05 10:22"),
     ],
 )
-def test_scrub(text, scrubbed):
+def test_personal_data_is_replaced_and_what_only_looks_like_it_stays(text, scrubbed):
     got, counts = scrub(text)
     assert got == scrubbed and sum(counts.values()) == scrubbed.count("<")
     assert scrub(scrubbed) == (scrubbed, {}), "what is scrubbed stays as it is"
 
 
-def test_scrub_by_kind_and_region():
+def test_kinds_and_region_say_what_is_scrubbed():
     assert (
         scrub("020 7946 0958", region="GB")[0] == "<PHONE>" and scrub("020 7946 0958")[0] == "020 7946 0958"
     )
@@ -372,7 +372,7 @@ def test_a_buffer_loses_nothing_and_looks_ahead_by_its_size(items, size, seed):
         assert out == list(enumerate(items))
 
 
-def test_same_documents_same_bytes(tmp_path):
+def test_same_documents_give_the_same_bytes(tmp_path):
     one = write_tar_shards(["a", "ü\n"], tmp_path / "a")
     two = write_tar_shards(["a", "ü\n"], tmp_path / "b")
     assert one[0].read_bytes() == two[0].read_bytes() and one[0].name == "documents-00000.tar"
@@ -383,7 +383,7 @@ def test_same_documents_same_bytes(tmp_path):
             write_tar_shards(documents, tmp_path / "c", size)
 
 
-def test_find_shards(tars):
+def test_paths_patterns_and_addresses_name_tar_files(tars):
     folder, _ = tars
     paths = [str(folder / f"documents-{i:05d}.tar") for i in range(7)]
     assert find_shards(folder / "*.tar") == find_shards(f"{folder}/documents-{{00000..00006}}.tar") == paths
@@ -407,7 +407,7 @@ def test_a_truncated_tar_is_named(tars, size):
         list(stream_batches(folder / "*.tar", TOKENIZER, 1, 4, epochs=1))
 
 
-def test_impossible_streams(tars):
+def test_impossible_streams_are_refused(tars):
     pattern = tars[0] / "*.tar"
     cases = [
         ({"batch_size": 0}, "impossible: batch_size 0"),
@@ -422,7 +422,7 @@ def test_impossible_streams(tars):
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http addresses with curl")
-def test_over_http(tars, monkeypatch):
+def test_over_http_the_batches_are_those_from_disk(tars, monkeypatch):
     folder, _ = tars
 
     class Quiet(http.server.SimpleHTTPRequestHandler):

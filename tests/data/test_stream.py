@@ -133,7 +133,7 @@ def test_what_cannot_be_shared_is_refused():
         ShuffledBatches(Numbers(0), 1)
 
 
-def test_real_windows():
+def test_each_window_of_tokens_comes_once_an_epoch():
     tokens = np.arange(33, dtype=np.uint16)
     batches = ShuffledBatches(TokenWindows(tokens, 4), 3, seed=0)
     seen = []

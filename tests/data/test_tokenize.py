@@ -138,7 +138,7 @@ def test_half_a_surrogate_pair_is_not_text():
         TOKENIZER.encode("\ud83d")
 
 
-def test_sizes():
+def test_specials_stand_after_the_256_bytes():
     assert (ByteTokenizer().vocab_size, ByteTokenizer().eos_id) == (256, None)
     assert (TOKENIZER.vocab_size, TOKENIZER.eos_id) == (256 + len(NAMES), 256)
 

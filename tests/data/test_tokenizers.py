@@ -33,7 +33,7 @@ def test_prose_is_really_cut():
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), ByteTokenizer(["<|eos|>"]), BPE])
-def test_ids_and_their_lengths(tokenizer):
+def test_the_lengths_of_ids_add_up_to_the_bytes(tokenizer):
     data = TEXT.encode() + b"\xff\xfe broken"
     ids = encode_bytes(tokenizer, data)
     assert ids.dtype == np.min_scalar_type(tokenizer.vocab_size - 1)
@@ -42,7 +42,7 @@ def test_ids_and_their_lengths(tokenizer):
     assert len(encode_bytes(tokenizer, b"")) == 0
 
 
-def test_names(tmp_path):
+def test_a_name_or_a_path_is_a_tokenizer(tmp_path):
     BPE.save(tmp_path / "tokenizer.json")
     assert same_tokenizer(load_tokenizer(str(tmp_path / "tokenizer.json")), BPE)
     assert same_tokenizer(load_tokenizer("tokenizer.json", beside=tmp_path), BPE)
@@ -59,7 +59,7 @@ def test_names(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpt2_is_gpt2():
+def test_gpt2_has_the_ids_that_its_users_know():
     tokenizer = load_tokenizer("gpt2")
     assert tokenizer.vocab_size == 50257 and tokenizer.eos_id == 50256
     assert tokenizer.encode("Hello world") == [15496, 995]  # ids that GPT-2's users know by heart

@@ -237,7 +237,7 @@ def test_the_file_that_they_are_made_from_is_good(tmp_path):
 
 
 @pytest.mark.parametrize("case", GGUF_CASES)
-def test_hostile_gguf(case, tmp_path):
+def test_a_hostile_gguf_is_refused(case, tmp_path):
     content, said = GGUF_CASES[case]
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
@@ -296,7 +296,7 @@ VOCABULARIES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("case", VOCABULARIES)
-def test_hostile_vocabularies(case, tmp_path):
+def test_a_hostile_vocabulary_is_refused_or_harmless(case, tmp_path):
     content, said = VOCABULARIES[case]
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
@@ -416,13 +416,13 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("case", CONFIGURATIONS)
-def test_what_is_no_configuration(case, folder):
+def test_what_is_no_configuration_is_refused(case, folder):
     content = CONFIGURATIONS[case]
     (folder / "config.json").write_bytes(content.encode() if isinstance(content, str) else content)
     assert outcome(load_hf, folder) and outcome(open_pretrained, folder)
 
 
-def test_no_configuration_at_all(folder):
+def test_a_missing_configuration_is_named(folder):
     (folder / "config.json").unlink()
     assert "config.json" in outcome(load_hf, folder) and "config.json" in outcome(open_pretrained, folder)
     (folder / "config.json").mkdir()
@@ -460,7 +460,7 @@ def test_a_model_that_is_far_larger_than_its_file(folder):
         ),
     }.values(),
 )
-def test_settings_that_are_none(changes, sentence, folder):
+def test_settings_that_are_none_are_refused(changes, sentence, folder):
     path = folder / "config.json"
     about = json.loads(path.read_text())
     if "rope_parameters" in changes:
@@ -521,7 +521,7 @@ SAFETENSORS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("case", SAFETENSORS)
-def test_hostile_safetensors(case, folder):
+def test_hostile_safetensors_are_refused(case, folder):
     (folder / "model.safetensors").write_bytes(SAFETENSORS[case])
     assert outcome(load_hf, folder) and outcome(open_pretrained, folder)
 
@@ -742,7 +742,7 @@ def test_a_vocabulary_larger_than_the_model(tmp_path):
     assert "262 tokens, but the model only 200 rows" in outcome(open_pretrained, folder)
 
 
-def test_ends_that_are_none(folder):
+def test_ends_that_are_none_are_passed_over(folder):
     for ends in (deep(500), "[1, null, [2]]", '"x"', "-1", "1e999", "true"):
         (folder / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
         assert outcome(open_pretrained, folder) is None

@@ -144,7 +144,7 @@ def test_a_model_by_its_name(hub, files, name):
     assert not [line for line in hub.asked if line.startswith("GET") and "resolve" in line]
 
 
-def test_one_in_several_files(hub, tmp_path):
+def test_a_model_in_several_files_is_put_together(hub, tmp_path):
     model = ours(SMALL)
     folder = save_hf(model, tmp_path / "shards", ByteTokenizer(["<|eos|>"]), shard_bytes=5000)
     hub.repos["somebody/shards"] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -178,7 +178,7 @@ def test_a_model_that_is_not_there(hub):
     assert "the hub has no model 'somebody/nobody'" in refused("somebody/nobody")
 
 
-def test_a_gated_model(hub, files):
+def test_a_gated_model_says_how_to_get_in(hub, files):
     hub.repos["meta/gated-3.2-1B"] = files
     hub.gated.add("meta/gated-3.2-1B")
     assert "only to those who asked" in refused("meta/gated-3.2-1B")
@@ -189,7 +189,7 @@ def test_a_model_of_another_family(hub, files):
     assert "'mamba'" in refused("somebody/mamba")
 
 
-def test_no_network(hub, files, tmp_path, monkeypatch):
+def test_without_a_network_the_cache_serves(hub, files, tmp_path, monkeypatch):
     hub.repos["somebody/tiny"] = files
     open_pretrained("somebody/tiny")
     with socket.socket() as free:

@@ -328,7 +328,7 @@ def test_stub_digest_is_the_same_on_every_python():
 # --- the tree -----------------------------------------------------------------------------------------------
 
 
-def test_exercise_and_manifest(repo):
+def test_the_manifest_knows_each_stub(repo):
     nb = exercise(repo)
     nbformat.validate(nb)
     assert [cell.source for cell in nb.cells if "setup" not in cell.metadata.get("tags", [])] == [
@@ -514,7 +514,7 @@ def test_exercises_without_a_solutions_folder(repo, capsys):
     assert snapshot(repo) == before
 
 
-def test_no_notebooks_yet(tmp_path):
+def test_without_notebooks_nothing_is_written(tmp_path):
     assert run(tmp_path, "--check") == 0 and run(tmp_path) == 0
     assert list(tmp_path.iterdir()) == []
 

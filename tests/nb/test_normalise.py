@@ -72,7 +72,7 @@ def test_normalise_is_idempotent_valid_and_pure(root: Path, tree: str) -> None:
     nbformat.validate(once)
 
 
-def test_metadata_ids_and_counts(root: Path) -> None:
+def test_metadata_ids_and_counts_have_one_form(root: Path) -> None:
     nb = normalise(messy(), "chapters", root)
     assert nb.metadata == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -163,7 +163,7 @@ def test_widget_state_is_kept_under_stable_ids(root: Path) -> None:
     assert "widgets" not in normalise(one, "solutions", root).metadata  # its outputs are gone as well
 
 
-def test_the_file_form(root: Path) -> None:
+def test_files_are_indented_by_one_and_keep_their_letters(root: Path) -> None:
     text = dumps(normalise(messy(), "chapters", root))
     assert text.endswith("}\n") and '\n "cells"' in text and "✓" in text
 

@@ -75,7 +75,7 @@ def test_it_says_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "linear", "mistral", "qwen3", "qwen3-windows"])
-def test_prompts_of_different_lengths(name):
+def test_prompts_of_different_lengths_get_the_same_answers(name):
     plain, model = pair(name)
     ids, positions = left_pad([[5, 7, 9], list(range(1, 12)), [3]])
     one, other = (list(generate_cached(m, ids, 14, positions, temperature=0)) for m in (plain, model))
@@ -160,7 +160,7 @@ def test_what_is_saved_comes_back(name, tmp_path):
 
 
 @each_model
-def test_files_of_others(name, tmp_path):
+def test_weights_of_huggingface_may_be_laid_out_as_they_are_read(name, tmp_path):
     plain, model = pair(name)
     save_hf(model, tmp_path / "hf")
     assert same_weights(load_hf(tmp_path / "hf"), plain)
@@ -169,7 +169,7 @@ def test_files_of_others(name, tmp_path):
     assert (loaded.head.weight is loaded.tokens.weight) == CONFIGS[name].tie_embeddings
 
 
-def test_a_gguf_file(tmp_path):
+def test_weights_of_a_gguf_file_too(tmp_path):
     config = replace(CONFIGS["llama"], vocab_size=257)
     plain = ours(config)
     model = lay_out(copy.deepcopy(plain))
@@ -178,7 +178,7 @@ def test_a_gguf_file(tmp_path):
     assert same_weights(loaded, plain) and order(loaded) == order(model)
 
 
-def test_other_models():
+def test_gpt_is_laid_out_and_int8_left_alone():
     gpt = GPT(GPTConfig(96, 32, 48, 4, 2)).eval()
     with torch.no_grad():
         expected = gpt(IDS)

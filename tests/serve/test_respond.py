@@ -127,14 +127,14 @@ def test_a_prompt_is_read_in_pieces(shape, monkeypatch):
     assert complete(model, BYTES, requests) == whole
 
 
-def test_eight_bits():
+def test_eight_bits_answer_as_the_plain_loop_does():
     model = to_int8(build().float())
     (reply,) = complete(model, BYTES, [HOWS["greedy"]])
     loop = generate_cached(model, torch.tensor([BOLD.ids]), 20, temperature=0)
     assert reply.ids == [int(token) for token in loop]
 
 
-def test_seeds():
+def test_a_seed_repeats_an_answer_and_none_does_not():
     model = build()
     one, same, other = (complete(model, BYTES, [replace(BOLD, seed=seed)])[0] for seed in (1, 1, 2))
     assert one == same != other
@@ -197,7 +197,7 @@ def test_pieces_carry_the_number_of_their_request():
     assert texts == [reply.text for reply in complete(model, BYTES, requests)]
 
 
-def test_nothing_to_do():
+def test_nothing_to_do_is_done_at_once():
     model = build()
     assert complete(model, BYTES, []) == []
     assert complete(model, BYTES, [replace(BOLD, max_new_tokens=0)]) == [Reply([], "", "length")]
@@ -341,7 +341,7 @@ def test_a_cache_that_holds_everything_already():
         ({"stop": ("a", "")}, "a stop text is empty"),
     ],
 )
-def test_impossible_requests(change, message):
+def test_impossible_requests_are_refused(change, message):
     with pytest.raises(ValueError, match=message) as problem:
         replace(BOLD, **change)
     assert "\n" not in str(problem.value)

@@ -179,7 +179,7 @@ def test_the_template_of_smollm2():
         assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
 
 
-def test_the_plain_script():
+def test_without_a_template_it_is_a_plain_script():
     messages = [*USER, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye."}]
     text = "User: Hello.\n\nAssistant: Hi.\n\nUser: Bye.\n\n"
     assert ChatTemplate(PLAIN).write(messages, False) == text
@@ -191,7 +191,7 @@ def test_the_plain_script():
     "message",
     [{"role": "root", "content": ""}, {"role": "user"}, {"content": "x"}, {"role": "user", "content": ["x"]}],
 )
-def test_what_is_no_message(message):
+def test_what_is_no_message_is_refused(message):
     for call in (ChatTemplate(PLAIN).write, lambda m: ChatTemplate(PLAIN).encode(BYTES, m)):
         with pytest.raises(TemplateProblem, match=r"a message has a role \(system, user, assistant\)"):
             call([message])
@@ -219,7 +219,7 @@ def test_names_of_specials_in_a_message_stay_text(name, messages, tokenizer):
     assert shown == template.write(plain)
 
 
-def test_names_that_overlap():
+def test_names_that_overlap_are_not_smuggled_in():
     tokenizer = ByteTokenizer(["aba", "<a", "<a>"])
     template = ChatTemplate("<a>{{ messages[0].content }}<a")
     for text in ("ababa", "abababa", "<a>", "<a<a>>", "<<a", "aba<aba"):

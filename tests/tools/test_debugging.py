@@ -443,7 +443,7 @@ def test_activation_stats_are_those_of_the_output():
     assert len(as_table(stats.rows).splitlines()) == 7 and as_table([]) == "(no rows)"
 
 
-def test_activation_stats_filter():
+def test_activation_stats_of_chosen_modules_only():
     with ActivationStats(gpt(), lambda name, module: name.endswith("attn")) as stats:
         stats.model(ids())
     assert [row.module for row in stats.rows] == ["blocks.0.attn", "blocks.1.attn"]

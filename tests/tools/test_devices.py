@@ -120,7 +120,7 @@ def test_time_call_warms_up_waits_and_takes_the_median(monkeypatch):
     assert not device.costs
 
 
-def test_time_call_once(monkeypatch):
+def test_a_single_call_has_a_time_and_no_spread(monkeypatch):
     device = fake(monkeypatch, 2.0, busy=7.0)
     timing = time_call(device.launch, warmup=0, repeats=1, device="cpu")
     assert timing.median == 3.0 and timing.spread == 0.0 and str(timing) == "3000.000 ms (spread 0.000)"

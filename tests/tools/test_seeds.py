@@ -127,7 +127,7 @@ def test_seeds_of_any_size_are_taken_whole(seed):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
-def test_seeds_out_of_range(seed):
+def test_seeds_out_of_range_are_refused(seed):
     with pytest.raises(ValueError, match="between 0 and"):
         seed_everything(seed)
 
@@ -253,7 +253,7 @@ def test_overlap_equals_the_slow_way(train, val, n):
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60), st.integers(1, 4))
-def test_overlap_of_plain_texts(train, val, n):
+def test_overlap_of_plain_texts_is_that_of_slow_code(train, val, n):
     assert overlap(train, val, n) == pytest.approx(slow_overlap([train], [val], n))
 
 

@@ -437,7 +437,7 @@ def test_steps_of_a_resumed_run_have_no_wrong_rate():
     assert "tokens_per_second" not in log.calls[0][2]
 
 
-def test_weights_gradients_and_updates():
+def test_weights_gradients_and_updates_are_logged_as_they_were():
     log, before = Recorder(), {}
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -462,7 +462,7 @@ def test_weights_gradients_and_updates():
     assert all(math.isclose(scalars[0][2][name], at_3[name], rel_tol=1e-5) for name in at_3)
 
 
-def test_the_whole_chain(tmp_path):
+def test_all_loggers_hold_the_same_curve(tmp_path):
     log = Loggers([CSVLogger(tmp_path / "log.csv"), TensorBoardLogger(tmp_path / "tb")])
     model_log = []
     tiny_run([LogSteps(log, every=4), lambda info: model_log.append(info) and None])

@@ -74,7 +74,7 @@ def test_knowing_nothing_costs_ln_v_and_being_right_costs_nothing():
 
 
 @pytest.mark.parametrize("size", [1e3, 1e6, 1e30])
-def test_extreme_logits(size):
+def test_extreme_logits_have_a_finite_loss(size):
     logits = torch.tensor([[0.0, size], [-size, -2 * size], [size, size]])
     losses = lm_loss(logits, torch.tensor([0, 0, 1]), "none")
     torch.testing.assert_close(losses, torch.tensor([size, 0.0, math.log(2)]))
@@ -94,7 +94,7 @@ def test_sixteen_bits_are_widened_first(dtype):
     assert loss.dtype == torch.float32 and torch.equal(loss, lm_loss(logits.float(), labels))
 
 
-def test_float64_stays():
+def test_float64_stays_float64():
     logits, labels = example(4, 8)
     loss = lm_loss(logits.double(), labels)
     losses, counts = by_definition(logits, labels)
@@ -142,7 +142,7 @@ def test_gradient_is_softmax_minus_one_hot():
     assert (logits.grad[~counts] == 0).all() and logits.grad.sum(-1).abs().max() < 1e-6
 
 
-def test_gradient_by_nudging():
+def test_the_gradient_is_the_slope_of_the_loss():
     logits, labels = example(3, 4, V=5)
     logits = logits.double().requires_grad_()
     for reduction in REDUCTIONS:
@@ -200,7 +200,7 @@ def test_perplexity_survives_a_run_that_has_blown_up():
     )
 
 
-def test_bits_per_byte():
+def test_bits_per_byte_are_nats_over_ln_2():
     assert bits_per_byte(math.log(2), 1) == pytest.approx(1)
     assert bits_per_byte(10 * math.log(256), 10) == pytest.approx(8)
     assert bits_per_byte(math.log(2) * 12, 4 * 1.5) == pytest.approx(2), "bytes may be an estimate"

@@ -30,7 +30,7 @@ fraction = st.floats(0, 1)
 # ── Schedules ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_names():
+def test_each_name_is_its_schedule():
     assert SCHEDULES == {"cosine": warmup_cosine, "linear": linear, "wsd": wsd, "constant": constant}
 
 
@@ -63,7 +63,7 @@ def test_without_a_warmup_it_begins_at_the_top(name):
 
 
 @each_schedule
-def test_no_jumps(name):
+def test_no_schedule_jumps(name):
     factors = [SCHEDULES[name](i / 10_000, 0.05, 0.1) for i in range(10_001)]
     jump = max(abs(a - b) for a, b in zip(factors, factors[1:], strict=False))
     assert jump < (0.03 if name == "wsd" else 0.003)  # a root is steep where it begins
@@ -98,7 +98,7 @@ def test_wsd_without_a_decay_stays_and_with_no_room_for_a_plateau_is_a_tent():
 
 
 @each_schedule
-def test_the_loop_takes_it(name):
+def test_the_loop_follows_every_schedule(name):
     rates = []
     model, batches = tiny(), forever()
     train(model, batches, TrainConfig(steps=10, lr=0.01), [lambda info: rates.append(info.lr)],
@@ -264,7 +264,7 @@ def test_matrix_lr_defaults_to_lr():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_numbers_arrive(kind):
+def test_betas_and_momentum_reach_the_optimizer(kind):
     optimizer = build_optimizer(tiny(), kind, betas=(0.7, 0.8), momentum=0.6)
     assert all(group["betas"] == (0.7, 0.8) for group in optimizer.param_groups)
     if kind == "muon":
@@ -310,7 +310,7 @@ def test_muon_is_torchs_muon_with_adamw_beside_it():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_learns(kind):
+def test_every_optimizer_learns(kind):
     model, (inputs, labels) = tiny(), next(forever())
     optimizer = build_optimizer(model, kind, lr=0.01)
     for _ in range(60):
