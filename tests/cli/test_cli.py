@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from tutorial_lib.cli.main import app
 from tutorial_lib.config import ConfigError, load_config
-from tutorial_lib.data.webshards import write_tar_shards
+from tutorial_lib.data.tar_shards import write_tar_shards
 from tutorial_lib.train.callbacks import Stop
 from tutorial_lib.train.checkpoint import load_model
 from tutorial_lib.train.checkpoints import load_tree

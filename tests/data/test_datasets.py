@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tutorial_lib import files
 from tutorial_lib.data import datasets
 from tutorial_lib.data.datasets import TokenWindows, open_tokens, random_batches, write_tokens
 
@@ -78,8 +79,8 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     if moment == "half-way":
         monkeypatch.setattr(datasets.np, "save", disk_full)
     else:
-        monkeypatch.setattr(datasets.os, "replace", cannot)
-    with pytest.raises(OSError):
+        monkeypatch.setattr(files.os, "replace", cannot)
+    with pytest.raises(OSError, match="ids.npy"):  # which file, numpy alone would not say
         write_tokens(path, [9] * 1000, 256)
     assert os.listdir(tmp_path) == ["ids.npy"] and open_tokens(path).tolist() == [1, 2, 3]
 

@@ -14,7 +14,7 @@ from tutorial_lib.data.corpora import fetch
 from tutorial_lib.data.protocol import token_bytes
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop.gguf_file import GGUFFile
-from tutorial_lib.serve import sandbox
+from tutorial_lib.serve import jinja_sandbox
 from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|begin|>system
@@ -395,7 +395,7 @@ def test_what_fails_is_told_in_one_sentence(source):
 
 @pytest.mark.parametrize("source", GREEDY, ids=lambda s: s.removeprefix(HUGE)[:60])
 def test_a_template_cannot_take_the_machine(source, monkeypatch):
-    monkeypatch.setattr(sandbox, "SECONDS", 0.1)  # of a processor's time, so that these tests are quick
+    monkeypatch.setattr(jinja_sandbox, "SECONDS", 0.1)  # of a processor's time, so that these tests are quick
     tracemalloc.start()
     try:
         assert complaint(source)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.data.stream import ShuffledBatches
+from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.train.checkpoints import load_tree, save_tree
 from tutorial_lib.train.distributed import (
     agree,

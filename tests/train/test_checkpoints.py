@@ -23,7 +23,7 @@ from torch import Tensor
 import tutorial_lib.train.checkpoints as module
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.data.stream import ShuffledBatches
+from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.train.checkpoints import (
     CheckpointError,
     CheckpointFolder,

@@ -26,7 +26,7 @@ import torch._dynamo  # optimizers import it at their first step: here once, and
 import tutorial_lib.train.checkpoints as checkpoints
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.data.stream import ShuffledBatches
+from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.tools.seeds import seed_everything
 from tutorial_lib.train.checkpoints import CheckpointFolder, load_tree, save_tree
 from tutorial_lib.train.evaluate import evaluate

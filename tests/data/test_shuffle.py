@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.data.stream import ShuffledBatches
+from tutorial_lib.data.shuffle import ShuffledBatches
 
 
 class Numbers:

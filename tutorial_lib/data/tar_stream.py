@@ -1,6 +1,5 @@
-"""Text documents in tar files (WebDataset's format), streamed from disk or over http as batches of tokens.
+"""Batches of tokens from tar files of text (`data.tar_shards` writes them), streamed from disk or over http.
 
-    write_tar_shards(documents, "tars", docs_per_shard=1000)
     batches = stream_batches("tars/*.tar", tokenizer, batch_size=8, seq_len=256, seed=1)
     inputs, labels = next(batches)
     state = batches.state_dict()
@@ -11,11 +10,8 @@ once, a full shuffle, a resume that skips nothing. A stream shuffles the order o
 
 from __future__ import annotations
 
-import glob
 import itertools
-import os
 import random
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,78 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["TokenStream", "find_shards", "shuffle_buffer", "stream_batches", "write_tar_shards"]
+from tutorial_lib.data.tar_shards import find_shards, read_texts
+
+__all__ = ["TokenStream", "shuffle_buffer", "stream_batches"]
 
 T = TypeVar("T")
-
-
-def _webdataset() -> Any:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise ImportError(
-            'tar shards need the package webdataset: pip install "llm-from-scratch[data]"'
-        ) from error
-    return webdataset
-
-
-def write_tar_shards(documents: Iterable[str], folder: str | Path, docs_per_shard: int = 1000) -> list[Path]:
-    """Write documents as `000000000.txt`, … into `folder/documents-00000.tar`, …; one tar file is held in memory.
-
-    The same documents give the same bytes. Every tar file appears whole or not at all.
-
-    Raises:
-        ValueError: if `docs_per_shard` is not positive, or there are no documents.
-        FileExistsError: if the folder already holds such files.
-    """
-    wds = _webdataset()
-    folder = Path(folder)
-    if docs_per_shard < 1:
-        raise ValueError(f"docs_per_shard {docs_per_shard} must be at least 1")
-    if any(folder.glob("documents-*.tar")):
-        raise FileExistsError(f"{folder} already holds tar shards: delete them or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    numbered, written = enumerate(documents), []
-    while chunk := list(itertools.islice(numbered, docs_per_shard)):
-        path = folder / f"documents-{len(written):05d}.tar"
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with wds.TarWriter(str(beside), mtime=0, encoder=False) as writer:
-                for number, text in chunk:
-                    writer.write({"__key__": f"{number:09d}", "txt": text.encode("utf-8")})
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-        written.append(path)
-    if not written:
-        raise ValueError("there are no documents to write")
-    return written
-
-
-def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    """The tar files that paths, patterns (`*`, `{00000..00099}`) and http addresses name, in a fixed order.
-
-    Raises:
-        ValueError: for any other kind of address; `pipe:` and its like would run a program.
-        FileNotFoundError: if a path or pattern matches nothing.
-    """
-    from braceexpand import braceexpand  # comes with webdataset
-
-    found: list[str] = []
-    for pattern in [shards] if isinstance(shards, (str, Path)) else shards:
-        pattern = os.path.expanduser(str(pattern))
-        for name in braceexpand(pattern) if "{" in pattern else [pattern]:
-            if name.startswith(("http://", "https://")) or os.path.isfile(name):
-                found.append(name)
-            elif "://" in name or name.startswith("pipe:"):
-                raise ValueError(f"{name!r} is neither a path nor an http address")
-            elif matches := sorted(filter(os.path.isfile, glob.glob(name))):
-                found += matches
-            else:
-                raise FileNotFoundError(f"no tar file matches {name!r}")
-    if not found:
-        raise FileNotFoundError("an empty list of tar files was given")
-    return found
 
 
 def shuffle_buffer(items: Iterable[T], size: int, rng: random.Random) -> Iterator[T]:
@@ -113,30 +42,6 @@ def shuffle_buffer(items: Iterable[T], size: int, rng: random.Random) -> Iterato
         yield item
     rng.shuffle(held)
     yield from held
-
-
-def _texts(shard: str) -> Iterator[str]:
-    """The documents of one tar file in their order."""
-
-    def everything(source: Iterator[Any]) -> Iterator[Any]:
-        return source  # TokenStream has dealt the files out
-
-    tar = _webdataset().WebDataset(
-        [shard], shardshuffle=False, nodesplitter=everything, workersplitter=everything, empty_check=False
-    )
-    try:
-        if shard.endswith(".tar") and os.path.isfile(shard):
-            with open(shard, "rb") as file:
-                file.seek(-1024, os.SEEK_END)
-                if any(file.read()):  # tarfile itself takes many a cut for the end
-                    raise tarfile.ReadError("no end mark")
-        for sample in tar:
-            if "txt" in sample:
-                yield sample["txt"].decode("utf-8")
-    except (OSError, tarfile.TarError) as error:
-        raise ValueError(
-            f"{shard} cannot be read as a whole tar file ({type(error).__name__}): fetch it again"
-        ) from error
 
 
 class TokenStream:
@@ -167,7 +72,7 @@ class TokenStream:
         random.Random(f"{s['seed']} {self.epoch}").shuffle(order)  # the same on every rank
         mine = order[s["rank"] :: s["world_size"]]
 
-        texts = itertools.chain.from_iterable(map(_texts, mine))
+        texts = itertools.chain.from_iterable(map(read_texts, mine))
         return shuffle_buffer(texts, s["buffer"], random.Random(f"{s['seed']} {self.epoch} {s['rank']}"))
 
     def __iter__(self) -> TokenStream:
@@ -241,7 +146,6 @@ def stream_batches(
         FileNotFoundError: if no tar file matches.
         ImportError: if webdataset is missing; the message names the extra.
     """
-    _webdataset()
     found = find_shards(shards)
     settings = {"seed": seed, "rank": rank, "world_size": world_size, "buffer": buffer, "epochs": epochs}
     if min(batch_size, seq_len, buffer) < 1 or not 0 <= rank < world_size:
