@@ -2,13 +2,14 @@
 # Edit the lesson, then run: make export
 """From one long line of tokens to batches of inputs and labels. The shift by one happens here, only here."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tutorial_lib.files import beside
 
 __all__ = ["write_tokens", "open_tokens", "TokenWindows", "random_batches"]
 
@@ -32,14 +33,8 @@ def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray, vocab_size: 
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         bad = ids.max() if ids.max() >= vocab_size else ids.min()
         raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}: wrong tokenizer?")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1)), allow_pickle=False)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)  # still there only if something failed
+    with beside(path) as place, open(place, "wb") as file:
+        np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1)), allow_pickle=False)
     return path
 
 

@@ -13,7 +13,7 @@ from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.data.shards import ShardedTokens
-from tutorial_lib.data.stream import ShuffledBatches
+from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.data.tokenizers import (
     NAMES,
     Tokenizer,
@@ -46,7 +46,7 @@ class Source:
         if self.train is not None:
             windows = TokenWindows(self.train, seq_len)
             return ShuffledBatches(windows, batch_size, seed, rank, world_size)
-        from tutorial_lib.data.webshards import stream_batches
+        from tutorial_lib.data.tar_stream import stream_batches
 
         assert self.tars is not None
         rows = batch_size // world_size

@@ -12,7 +12,7 @@ from typing import Any
 import regex
 
 from tutorial_lib.data.protocol import Tokenizer
-from tutorial_lib.serve.sandbox import Sandbox, TemplateProblem, one_line
+from tutorial_lib.serve.jinja_sandbox import Sandbox, TemplateProblem, one_line
 
 __all__ = ["PLAIN", "ROLES", "ChatTemplate", "Message", "TemplateProblem"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tutorial_lib.data.stream import ShuffledBatches
+from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.tools.seeds import rng_state, set_rng_state
 from tutorial_lib.train.accumulate import accumulate_gradients, split_batch
 from tutorial_lib.train.distributed import (

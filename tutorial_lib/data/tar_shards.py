@@ -1,0 +1,112 @@
+"""Text documents in tar files, as WebDataset has them: written, found by path, pattern or address, and read."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutorial_lib.files import beside
+
+__all__ = ["find_shards", "read_texts", "write_tar_shards"]
+
+
+def _webdataset() -> Any:
+    try:
+        import webdataset
+    except ImportError as error:
+        raise ImportError(
+            'tar shards need the package webdataset: pip install "llm-from-scratch[data]"'
+        ) from error
+    return webdataset
+
+
+def write_tar_shards(documents: Iterable[str], folder: str | Path, docs_per_shard: int = 1000) -> list[Path]:
+    """Write documents as `000000000.txt`, … into `folder/documents-00000.tar`, …; one tar file is held in memory.
+
+    The same documents give the same bytes. Every tar file appears whole or not at all.
+
+    Raises:
+        ValueError: if `docs_per_shard` is not positive, or there are no documents.
+        FileExistsError: if the folder already holds such files.
+    """
+    wds = _webdataset()
+    folder = Path(folder)
+    if docs_per_shard < 1:
+        raise ValueError(f"docs_per_shard {docs_per_shard} must be at least 1")
+    if any(folder.glob("documents-*.tar")):
+        raise FileExistsError(f"{folder} already holds tar shards: delete them or choose another folder")
+    numbered, written = enumerate(documents), []
+    while chunk := list(itertools.islice(numbered, docs_per_shard)):
+        path = folder / f"documents-{len(written):05d}.tar"
+        with beside(path) as place, wds.TarWriter(str(place), mtime=0, encoder=False) as writer:
+            for number, text in chunk:
+                writer.write({"__key__": f"{number:09d}", "txt": text.encode("utf-8")})
+        written.append(path)
+    if not written:
+        raise ValueError("there are no documents to write")
+    return written
+
+
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
+    """The tar files that paths, patterns (`*`, `{00000..00099}`) and http addresses name, in a fixed order.
+
+    Raises:
+        ValueError: for any other kind of address; `pipe:` and its like would run a program.
+        FileNotFoundError: if a path or pattern matches nothing.
+        ImportError: if webdataset is missing; the message names the extra.
+    """
+    _webdataset()
+    from braceexpand import braceexpand  # comes with webdataset
+
+    patterns = [shards] if isinstance(shards, (str, Path)) else shards
+    names: list[str] = []
+    for pattern in (os.path.expanduser(str(pattern)) for pattern in patterns):
+        names += braceexpand(pattern) if "{" in pattern else [pattern]  # it would take a path's \ away
+    if not names:
+        raise FileNotFoundError("an empty list of tar files was given")
+    return [shard for name in names for shard in _matches(name)]
+
+
+def _matches(name: str) -> list[str]:
+    """What one path, `*` pattern or address stands for."""
+    if name.startswith(("http://", "https://")) or os.path.isfile(name):
+        return [name]
+    if "://" in name or name.startswith("pipe:"):
+        raise ValueError(f"{name!r} is neither a path nor an http address")
+    found = sorted(filter(os.path.isfile, glob.glob(name)))
+    if not found:
+        raise FileNotFoundError(f"no tar file matches {name!r}")
+    return found
+
+
+def read_texts(shard: str) -> Iterator[str]:
+    """The documents of one tar file in their order.
+
+    Raises:
+        ValueError: if the file cannot be read, or is cut short.
+    """
+
+    def everything(source: Iterator[Any]) -> Iterator[Any]:
+        return source  # TokenStream has dealt the files out
+
+    tar = _webdataset().WebDataset(
+        [shard], shardshuffle=False, nodesplitter=everything, workersplitter=everything, empty_check=False
+    )
+    try:
+        if shard.endswith(".tar") and os.path.isfile(shard):
+            with open(shard, "rb") as file:
+                file.seek(-1024, os.SEEK_END)
+                if any(file.read()):  # tarfile itself takes many a cut for the end
+                    raise tarfile.ReadError("no end mark")
+        for sample in tar:
+            if "txt" in sample:
+                yield sample["txt"].decode("utf-8")
+    except (OSError, tarfile.TarError) as error:
+        raise ValueError(
+            f"{shard} cannot be read as a whole tar file ({type(error).__name__}): fetch it again"
+        ) from error
