@@ -111,7 +111,7 @@ class Int8Stack(nn.Module):
 
     def __getitem__(self, experts: int | slice | Tensor) -> Tensor:
         """One expert's matrix `(out, in)`, or those of several `(n, out, in)`, multiplied out."""
-        return self.weight[experts].to(self.dtype) * self.scale[experts].to(self.dtype)[..., None]
+        return (self.weight[experts] * self.scale[experts][..., None]).to(self.dtype)
 
 
 def put_int8(model: nn.Module, name: str, weight: Tensor) -> None:
@@ -131,6 +131,7 @@ def put_int8(model: nn.Module, name: str, weight: Tensor) -> None:
         if model.config.tie_embeddings:
             model.head = Int8Linear(model.tokens.weight, model.tokens.scale)
     elif weight.ndim == 3:
+        delattr(module, leaf)  # torch lets no module take a parameter's place
         setattr(module, leaf, Int8Stack(*quantize_rows(weight), weight.dtype))
     else:
         setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
