@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from expert_models import FORMS, Experts
 from hypothesis import given
 from hypothesis import strategies as st
 from interop_models import CONFIGS, ours, shaken
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tutorial_lib.core.decoding import generate_cached
 from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.core.swiglu import SwiGLU
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop.gguf import load_gguf, save_gguf
 from tutorial_lib.interop.hf import load_hf, save_hf
@@ -198,38 +197,11 @@ def test_a_quarter_of_the_memory(name):
 SHAPE = ModelConfig(96, 64, 48, n_kv_heads=2, n_layers=2, d_mlp=80, tie_embeddings=False)
 
 
-class Experts(nn.Module):
-    """Six gated MLPs, two for each token, and one more for all: each as a module, or all as three stacks."""
-
-    def __init__(self, stacked: bool, D: int = 48, M: int = 80, E: int = 6) -> None:
-        super().__init__()
-        self.router, self.shared = nn.Linear(D, E), SwiGLU(D, M)
-        self.router.full_precision = True
-        if stacked:
-            self.gate, self.up = nn.Parameter(torch.empty(E, M, D)), nn.Parameter(torch.empty(E, M, D))
-            self.down = nn.Parameter(torch.empty(E, D, M))
-        else:
-            self.experts = nn.ModuleList(SwiGLU(D, M) for _ in range(E))
-
-    def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
-        if hasattr(self, "experts"):
-            return self.experts[e](x)
-        return F.linear(F.silu(F.linear(x, self.gate[e])) * F.linear(x, self.up[e]), self.down[e])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.router(x).softmax(dim=-1).topk(2)  # (B, T, 2)
-        y = self.shared(x)
-        for e in range(self.router.out_features):
-            b, t, k = (chosen == e).nonzero(as_tuple=True)
-            y = y.index_put((b, t), weights[b, t, k, None] * self.expert(e, x[b, t]), accumulate=True)
-        return y
-
-
 def with_experts(stacked: bool) -> Transformer:
-    return shaken(Transformer(SHAPE, lambda layer: Experts(stacked)))
+    return shaken(Transformer(SHAPE, lambda layer: Experts(48, 80, 6, stacked=stacked)))
 
 
-each_form = pytest.mark.parametrize("stacked", [False, True], ids=["modules", "stacks"])
+each_form = pytest.mark.parametrize("stacked", FORMS.values(), ids=FORMS)
 
 
 @torch.no_grad()
@@ -266,11 +238,11 @@ def test_experts_are_filled_one_tensor_at_a_time(stacked):
     wanted = to_int8(model).state_dict()
     rules = [Rule(f"their.{name}", (name,)) for name in weights]
     shapes = {f"their.{name}": tuple(weight.shape) for name, weight in weights.items()}
-    empty = Transformer(SHAPE, lambda layer: Experts(stacked))
+    empty = Transformer(SHAPE, lambda layer: Experts(48, 80, 6, stacked=stacked))
     found = fill(empty, rules, shapes, lambda name: weights[name[6:]], "a file", put=put_int8).state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    again = to_int8(Transformer(SHAPE, lambda layer: Experts(stacked)))
+    again = to_int8(Transformer(SHAPE, lambda layer: Experts(48, 80, 6, stacked=stacked)))
     again.load_state_dict(found)  # what was saved loads
     assert all(torch.equal(again.state_dict()[name], wanted[name]) for name in wanted)
 

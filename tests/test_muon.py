@@ -8,11 +8,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from expert_models import FORMS, Experts
 from torch import nn
 
 from tutorial_lib.checks.probes import fill_by_name, randn
 from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.core.swiglu import SwiGLU
 from tutorial_lib.tour.ladder import RUNGS, climb_one, measured
 from tutorial_lib.train.muon import Muon, muon_groups, orthogonalize
 from tutorial_lib.train.optimizers import build_optimizer
@@ -216,26 +216,16 @@ def test_every_parameter_is_in_one_group(changes):
     assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
 
 
-class Experts(nn.Module):
-    """Experts in both forms, and a router with a bias, for their parameters."""
-
-    def __init__(self, D: int = 16, M: int = 8, E: int = 3) -> None:
-        super().__init__()
-        self.router = nn.Linear(D, E)
-        self.experts = nn.ModuleList(SwiGLU(D, M) for _ in range(E))
-        self.gate, self.up = nn.Parameter(torch.empty(E, M, D)), nn.Parameter(torch.empty(E, M, D))
-        self.down = nn.Parameter(torch.empty(E, D, M))
-
-
-def test_experts_are_matrices_in_the_blocks():
-    model = Transformer(build().config, lambda layer: Experts())
+@pytest.mark.parametrize("stacked", FORMS.values(), ids=FORMS)
+def test_experts_are_matrices_in_the_blocks(stacked):
+    model = Transformer(build().config, lambda layer: Experts(16, 8, 3, stacked=stacked))
     optimizer = build_optimizer(model, "muon", lr=0.003, matrix_lr=0.02)
     counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     assert counts == Counter(id(p) for p in model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     matrices, tables, vectors = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
-    assert {f"blocks.1.mlp.{name}" for name in ("gate", "up", "down", "router.weight")} < matrices
-    assert {f"blocks.0.mlp.experts.{e}.down.weight" for e in range(3)} < matrices
+    experts = ("gate", "up", "down") if stacked else [f"experts.{e}.down.weight" for e in range(3)]
+    assert {f"blocks.1.mlp.{name}" for name in (*experts, "router.weight", "shared.down.weight")} < matrices
     assert tables == {"tokens.weight"} and "blocks.0.mlp.router.bias" in vectors
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     give_gradients(list(model.parameters()), 0)
