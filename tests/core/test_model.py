@@ -380,6 +380,47 @@ def test_it_starts_as_gpt2_does(mlp):
     assert abs(loss - math.log(256)) < 0.15
 
 
+class Branches(nn.Module):
+    """Only names and shapes of experts, in every form in which they may come; the model starts them."""
+
+    def __init__(self, D: int = 128, M: int = 96, E: int = 3) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList(SwiGLU(D, M) for _ in range(E))  # experts.2.down.weight
+        self.shared = SwiGLU(D, M)
+        self.gate, self.up = nn.Parameter(torch.empty(E, M, D)), nn.Parameter(torch.empty(E, M, D))
+        self.down = nn.Parameter(torch.empty(E, D, M))
+        self.stacks = nn.Module()
+        self.stacks.down = nn.Parameter(torch.empty(E, D, M))
+        self.out = nn.Linear(D, D, bias=False)  # the attention's ends a branch, another does not
+        self.down_scores = nn.Linear(D, D, bias=False)
+
+
+def test_experts_start_as_the_mlp_does():
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(64, 64, 128, n_layers=8), lambda layer: Branches())
+    small = {"attn.out.weight", "mlp.down", "mlp.stacks.down", "mlp.shared.down.weight"}
+    small |= {f"mlp.experts.{e}.down.weight" for e in range(3)}
+    seen = set()
+    for name, p in model.named_parameters():
+        if p.ndim >= 2:
+            inside = name.removeprefix("blocks.").partition(".")[2]
+            seen.add(inside)
+            expected = 0.02 / math.sqrt(16) if inside in small else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.15 if "router" in name else 0.05), name
+    assert small < seen
+
+
+def test_outside_the_blocks_nothing_ends_a_branch():
+    class Squeezed(Transformer):
+        def _make_positions(self) -> nn.Module:
+            return nn.ModuleDict({"net": SwiGLU(128)})
+
+    torch.manual_seed(0)
+    down = Squeezed(ModelConfig(64, n_layers=8)).positions["net"].down.weight
+    assert down.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"qk_norm": True, "n_kv_heads": 1, "window": 4, "sinks": 1}, {"rope": False, "bias": True}]
 )

@@ -9,17 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.interop.models import CONFIGS, ours
+from tests.core.experts import FORMS, Experts
+from tests.interop.models import CONFIGS, ours, shaken
 from tutorial_lib.core.decoding import generate_cached
-from tutorial_lib.core.model import Transformer
+from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop.gguf import load_gguf, save_gguf
 from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.interop.layout import lay_out
+from tutorial_lib.interop.names import Rule
 from tutorial_lib.interop.pretrained import open_pretrained
+from tutorial_lib.interop.weights import fill
 from tutorial_lib.quant import int8
-from tutorial_lib.quant.int8 import Int8Embedding, Int8Linear, put_int8, quantize_rows, to_int8
+from tutorial_lib.quant.int8 import Int8Embedding, Int8Linear, Int8Stack, put_int8, quantize_rows, to_int8
 
 IDS = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
 
@@ -27,10 +31,10 @@ IDS = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(1))
 def rounded(weight: torch.Tensor) -> torch.Tensor:
     """What is left of a matrix; written plainly, row by row."""
     rows = []
-    for row in weight.detach().double():
+    for row in weight.detach().double().flatten(0, -2):
         scale = max(float(row.abs().max()), 1e-12) / 127
         rows.append((row / scale).round() * scale)
-    return torch.stack(rows).float()
+    return torch.stack(rows).float().view(weight.shape)
 
 
 def dequantized(model: Transformer) -> Transformer:
@@ -39,7 +43,8 @@ def dequantized(model: Transformer) -> Transformer:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             module = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(module, (nn.Linear, nn.Embedding)) and name.endswith("weight"):
+            matrix = isinstance(module, (nn.Linear, nn.Embedding)) and name.endswith("weight")
+            if (matrix or weight.ndim == 3) and "router" not in name:
                 weight.copy_(rounded(weight))
     return model
 
@@ -102,6 +107,47 @@ def test_a_table():
     assert Int8Embedding(*quantize_rows(table), torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_is_its_matrices(dtype):
+    weight = torch.randn(3, 130, 8).to(dtype)
+    small = Int8Stack(*quantize_rows(weight), dtype)
+    assert small.shape == (3, 130, 8) and len(small) == 3
+    assert small.weight.dtype == torch.int8 and small.scale.shape == (3, 130)
+    for e, matrix in enumerate(small):
+        assert matrix.shape == (130, 8) and matrix.dtype == dtype
+        alone = quantize_rows(weight[e])
+        assert torch.equal(small.weight[e], alone[0]) and torch.equal(small.scale[e], alone[1])
+        half_a_step = alone[1][:, None] / 2 + torch.finfo(dtype).eps * weight[e].abs()
+        assert ((matrix - weight[e]).abs() <= half_a_step).all()
+    assert torch.equal(small[:], torch.stack([small[0], small[1], small[2]]))
+    assert torch.equal(small[torch.tensor([2, 0])], torch.stack([small[2], small[0]]))
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest new tensor of floating point had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.is_floating_point():
+            if out.untyped_storage().data_ptr() not in given:  # not a view
+                self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_no_second_copy_of_a_stack_in_full_precision():
+    model = nn.Module()
+    model.down = nn.Parameter(torch.randn(4, 16 * int8.ROWS, 40))
+    with torch.no_grad(), Largest() as largest:
+        put_int8(model, "down", model.down.detach())
+    assert isinstance(model.down, Int8Stack) and 0 < largest.numel <= 4 * int8.ROWS * 40
+    with Largest() as largest:
+        model.down[3]
+    assert largest.numel == 16 * int8.ROWS * 40
+
+
 # --- models -------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +190,76 @@ def test_a_quarter_of_the_memory(name):
     assert nbytes(to_int8(model)) <= matrices / 4 + vectors + positions + scales
     tied = model.config.tie_embeddings
     assert (model.head.weight.data_ptr() == model.tokens.weight.data_ptr()) == tied
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+SHAPE = ModelConfig(96, 64, 48, n_kv_heads=2, n_layers=2, d_mlp=80, tie_embeddings=False)
+
+
+def with_experts(stacked: bool) -> Transformer:
+    return shaken(Transformer(SHAPE, lambda layer: Experts(48, 80, 6, stacked=stacked)))
+
+
+each_form = pytest.mark.parametrize("stacked", FORMS.values(), ids=FORMS)
+
+
+@torch.no_grad()
+@each_form
+def test_experts_compute_what_their_rounded_matrices_say(stacked):
+    model = with_experts(stacked)
+    wanted, exact = dequantized(model)(IDS), model(IDS)
+    small = to_int8(copy.deepcopy(model))
+    torch.testing.assert_close(small(IDS), wanted, atol=1e-4, rtol=0)
+    assert (wanted - exact).abs().max() > 1e-3
+    for before, after in zip(model.blocks, small.blocks, strict=True):
+        assert type(after.mlp.router) is nn.Linear and isinstance(after.mlp.shared.down, Int8Linear)
+        assert torch.equal(before.mlp.router.weight, after.mlp.router.weight)
+        assert torch.equal(before.mlp.router.bias, after.mlp.router.bias)
+    assert not any(p.requires_grad for p in small.parameters())
+    left = {name for name, p in small.named_parameters() if p.ndim > 1}
+    assert left == {f"blocks.{layer}.mlp.router.weight" for layer in range(2)}
+
+
+@each_form
+def test_experts_take_a_quarter_of_the_memory(stacked):
+    model = with_experts(stacked)
+    kept = [p for name, p in model.named_parameters() if p.ndim == 1 or "router" in name]
+    rounded_ones = [p for name, p in model.named_parameters() if p.ndim > 1 and "router" not in name]
+    numbers, rows = sum(p.numel() for p in rounded_ones), sum(p[..., 0].numel() for p in rounded_ones)
+    assert nbytes(to_int8(model)) == numbers + 4 * rows + sum(p.nbytes for p in kept)
+    assert numbers > 20 * sum(p.numel() for p in kept)
+
+
+@each_form
+def test_experts_are_filled_one_tensor_at_a_time(stacked):
+    model = with_experts(stacked)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wanted = to_int8(model).state_dict()
+    rules = [Rule(f"their.{name}", (name,)) for name in weights]
+    shapes = {f"their.{name}": tuple(weight.shape) for name, weight in weights.items()}
+    empty = Transformer(SHAPE, lambda layer: Experts(48, 80, 6, stacked=stacked))
+    found = fill(empty, rules, shapes, lambda name: weights[name[6:]], "a file", put=put_int8).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    again = to_int8(Transformer(SHAPE, lambda layer: Experts(48, 80, 6, stacked=stacked)))
+    again.load_state_dict(found)  # what was saved loads
+    assert all(torch.equal(again.state_dict()[name], wanted[name]) for name in wanted)
+
+
+def test_a_module_that_wants_full_precision_keeps_all_that_is_inside_it():
+    model = with_experts(stacked=True)
+    model.blocks[0].mlp.full_precision = True
+    before = {name: p.detach().clone() for name, p in model.blocks[0].mlp.named_parameters()}
+    to_int8(model)
+    after = dict(model.blocks[0].mlp.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert isinstance(model.blocks[0].attn.out, Int8Linear) and isinstance(
+        model.blocks[1].mlp.down, Int8Stack
+    )
+
+
+# --- from files ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "gpt2", "qwen3"])

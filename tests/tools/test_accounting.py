@@ -11,8 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.core.experts import Experts
 from tutorial_lib.core.gpt import GPT, GPTConfig
-from tutorial_lib.core.model import PRESETS, Transformer
+from tutorial_lib.core.model import PRESETS, ModelConfig, Transformer
+from tutorial_lib.core.swiglu import SwiGLU
 from tutorial_lib.tools.accounting import (
     KNOWN_SHAPES,
     ModelShape,
@@ -20,10 +22,9 @@ from tutorial_lib.tools.accounting import (
     count_parameters,
     flops_per_token,
     kv_cache_bytes,
-    six_nd,
-    training_cost,
     training_memory,
 )
+from tutorial_lib.tools.budget import six_nd, training_cost
 from tutorial_lib.train.losses import lm_loss
 
 CONFIGS = [
@@ -31,6 +32,7 @@ CONFIGS = [
     GPTConfig(vocab_size=300, max_seq_len=20, d_model=32, n_heads=4, n_layers=3, d_mlp=40, bias=False),
     GPTConfig(vocab_size=70, max_seq_len=9, d_model=16, n_heads=1, n_layers=1, tie_embeddings=False),
 ]
+GROUPS = {"embedding", "positions", "attention", "mlp", "experts", "router", "norms", "head"}
 each_config = pytest.mark.parametrize("config", CONFIGS)
 
 
@@ -57,7 +59,8 @@ def batch(config: GPTConfig, batch_size: int = 3) -> tuple[torch.Tensor, torch.T
 def test_parameters_of_our_gpt(config):
     counts = count_parameters(shape_of(config))
     assert counts["total"] == GPT(config).num_params()
-    assert counts["total"] == sum(n for name, n in counts.items() if name != "total")
+    assert counts["total"] == counts["active"] == sum(n for name, n in counts.items() if name in GROUPS)
+    assert counts.keys() == GROUPS | {"total", "active"}
     assert all(type(n) is int for n in counts.values())
 
 
@@ -75,6 +78,59 @@ def test_parameters_of_our_gpt(config):
 )
 def test_parameters_of_public_models(name, total):
     assert count_parameters(KNOWN_SHAPES[name])["total"] == total
+
+
+QWEN3 = ModelShape(
+    151936, 2048, 48, 32, 4, 128, gated=True, tied=False, bias=False, norm="rmsnorm", qk_norm=True,
+    n_experts=128, experts_per_token=8, d_expert=768,
+)  # fmt: skip
+DEEPSEEK = ModelShape(
+    102400, 2048, 28, 16, d_mlp=10944, gated=True, tied=False, bias=False, norm="rmsnorm",
+    n_experts=64, experts_per_token=6, n_shared_experts=2, d_expert=1408, n_moe_layers=27,
+)  # fmt: skip
+
+
+def test_parameters_of_public_mixtures_of_experts():
+    mixtral = count_parameters(KNOWN_SHAPES["mixtral-8x7b"])
+    assert (mixtral["total"], mixtral["active"]) == (46_702_792_704, 12_879_925_248)
+    assert mixtral["mlp"] == 0 and mixtral["router"] == 32 * 8 * 4096
+    qwen3 = count_parameters(QWEN3)  # Qwen3-30B-A3B
+    assert qwen3["total"] == 30_532_122_624 and round(qwen3["active"] / 1e9, 1) == 3.4
+    deepseek = count_parameters(DEEPSEEK)  # Dai et al. 2024: 16.4 billion, of which 2.8 are activated
+    assert round(deepseek["total"] / 1e9, 1) == 16.4 and round(deepseek["active"] / 1e9, 1) == 2.8
+    assert deepseek["mlp"] == 3 * 2048 * 10944  # the first layer has no experts
+
+
+HYBRID = ModelShape(
+    50, 24, 3, 4, d_mlp=40, gated=True, bias=False, norm="rmsnorm",
+    n_experts=5, experts_per_token=2, n_shared_experts=1, d_expert=16, n_moe_layers=2,
+)  # fmt: skip
+
+
+def hybrid() -> Transformer:
+    """What `HYBRID` says: experts in every second layer."""
+    config = ModelConfig(50, 16, 24, 4, n_layers=3, d_mlp=40)
+    return Transformer(config, lambda layer: SwiGLU(24, 40) if layer % 2 else Experts(24, 16, 5, bias=False))
+
+
+def test_a_mixture_of_ours_is_counted():
+    model, counts = hybrid(), count_parameters(HYBRID)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    experts = sum(n for name, n in sizes.items() if ".experts." in name or ".shared." in name)
+    assert counts["experts"] == experts and counts["total"] == model.num_params()
+    assert counts["router"] == sum(n for name, n in sizes.items() if ".router." in name)
+    assert counts["mlp"] == sum(n for name, n in sizes.items() if name.startswith("blocks.1.mlp."))
+    idle = sum(n for name, n in sizes.items() if any(f".experts.{e}." in name for e in (2, 3, 4)))
+    assert counts["active"] == counts["total"] - idle
+
+
+def test_experts_with_biases_are_counted():
+    plain = ModelShape(50, 24, 3, 4, n_experts=5, experts_per_token=2, d_expert=16)
+    expert = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 24))
+    assert count_parameters(plain)["experts"] == 3 * 5 * sum(p.numel() for p in expert.parameters())
+    gated = nn.ModuleList([nn.Linear(24, 16), nn.Linear(24, 16), nn.Linear(16, 24)])
+    counts = count_parameters(replace(plain, gated=True))
+    assert counts["experts"] == 3 * 5 * sum(p.numel() for p in gated.parameters())
 
 
 def test_gpt3_is_what_its_paper_says():
@@ -135,6 +191,12 @@ def test_replace_moves_the_widths_along():
         ({"norm": "batchnorm"}, "layernorm or rmsnorm"),
         ({"n_heads": 5}, "give d_head"),
         ({"n_heads": 4, "n_kv_heads": 3}, "evenly"),
+        ({"n_experts": 8}, "a token uses 0 of 8 experts: give experts_per_token from 1 to n_experts"),
+        ({"n_experts": 8, "experts_per_token": 9}, "a token uses 9 of 8 experts"),
+        ({"experts_per_token": 2}, "a token uses 2 of 0 experts"),
+        ({"n_shared_experts": 1}, "a token uses 0 of 0 experts"),
+        ({"n_experts": 8, "experts_per_token": 2, "n_moe_layers": 2}, "n_moe_layers is 2, but there are 1"),
+        ({"n_experts": 8, "experts_per_token": 2, "n_moe_layers": -1}, "n_moe_layers is -1"),
     ],
 )
 def test_impossible_shapes(how, says):
@@ -155,6 +217,19 @@ def test_flops_are_those_that_torch_counts(config):
     assert training.get_total_flops() == inputs.numel() * flops["training"]
 
 
+def test_flops_of_experts_are_those_of_the_chosen():
+    model, T = hybrid(), 16
+    inputs = torch.randint(0, 50, (3, T), generator=torch.Generator().manual_seed(0))
+    flops = flops_per_token(HYBRID, T)
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            model(inputs)
+        with FlopCounterMode(display=False) as training:
+            lm_loss(model(inputs), inputs).backward()
+    assert forward.get_total_flops() == inputs.numel() * flops["forward"]
+    assert training.get_total_flops() == inputs.numel() * flops["training"]
+
+
 def test_causal_flops_are_those_of_the_pairs_that_see_each_other():
     shape, T = KNOWN_SHAPES["llama-3-8b"], 77
     full, causal = flops_per_token(shape, T), flops_per_token(shape, T, causal=True)
@@ -170,6 +245,8 @@ def test_a_token_costs_two_flops_for_each_number_it_is_multiplied_by():
     for shape in KNOWN_SHAPES.values():
         groups, flops = count_parameters(replace(shape, bias=False)), flops_per_token(shape, 0)
         assert flops["projections"] == 2 * groups["attention"] and flops["mlp"] == 2 * groups["mlp"]
+        used = groups["experts"] - (groups["total"] - groups["active"])
+        assert flops["experts"] == 2 * used and flops["router"] == 2 * groups["router"]
         assert flops["head"] == 2 * groups["embedding"]  # the same size, tied or not
 
 
@@ -231,6 +308,38 @@ def test_gated_and_grouped_activations():
     terms = activation_memory(shape, 2, T)
     assert sum(s.nbytes() for s in mine.values()) == terms["mlp"] + 2 * T * D * 4  # and the norm's output
     assert terms["attention"] == 2 * T * (4 * (16 + 2 * 8 + 16) + 4 * H)
+
+
+def test_activations_of_experts_are_within_five_percent_of_torchs():
+    B, T, D, M, E = 2, 40, 64, 96, 6
+    layer, kept = Experts(D, M, E, bias=False), {}
+    weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def remember(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    x = torch.randn(B, T, D, requires_grad=True) + 0
+    with saved_tensors_hooks(remember, lambda tensor: tensor):
+        layer(x)
+    experts = {"n_experts": E, "experts_per_token": 2, "n_shared_experts": 1}
+    shape = ModelShape(10, D, 1, 4, d_mlp=M, gated=True, bias=False, norm="rmsnorm", **experts)
+    terms = activation_memory(shape, B, T)
+    measured = (
+        sum(s.nbytes() for key, s in kept.items() if key not in weights) - B * T * D * 4
+    )  # the norm's output
+    assert terms["experts"] + terms["router"] == pytest.approx(measured, rel=0.05)
+    assert terms["mlp"] == 0 and terms["total"] == sum(n for name, n in terms.items() if name != "total")
+
+
+def test_training_keeps_all_experts_and_activations_of_the_used():
+    few = KNOWN_SHAPES["mixtral-8x7b"]
+    many = replace(few, n_experts=16)
+    a, b = (training_memory(shape, 1, 1024) for shape in (few, many))
+    more = count_parameters(many)["total"] - count_parameters(few)["total"]
+    assert b["weights"] - a["weights"] == 4 * more and b["optimizer"] - a["optimizer"] == 8 * more
+    assert b["activations"] - a["activations"] == 1024 * 32 * 8 * 4  # eight more scores, in each layer
+    assert kv_cache_bytes(many, 1, 1) == kv_cache_bytes(KNOWN_SHAPES["mistral-7b"], 1, 1)
 
 
 def test_mixed_precision_takes_sixteen_bytes_a_parameter():

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.core.experts import FORMS, Experts
 from tutorial_lib.checks.probes import fill_by_name, randn
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.tour.ladder import RUNGS, climb_one, measured
 from tutorial_lib.train.muon import Muon, muon_groups, orthogonalize
+from tutorial_lib.train.optimizers import build_optimizer
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (16, 24)]
 needs_torch_muon = pytest.mark.skipif(
@@ -136,6 +138,23 @@ def test_shapes_that_go_together_step_as_if_alone():
     assert furthest(together, alone) < 1e-6
 
 
+def test_a_stack_steps_as_its_matrices_would():
+    """Wide, tall, and two stacks of one shape; a stack of more matrices than they have rows steps no further."""
+    stacks = parameters([(3, 6, 9), (12, 9, 6), (3, 6, 9)])
+    slices = [nn.Parameter(matrix.detach().clone()) for stack in stacks for matrix in stack]
+    start = [matrix.detach().clone() for matrix in slices]
+    how = {"lr": 0.02, "weight_decay": 0.1, "muon": True}
+    stacked, apart = Muon([{"params": stacks, **how}]), Muon([{"params": slices, **how}])
+    for step in range(4):
+        give_gradients(stacks, step)
+        for matrix, gradient in zip(slices, [g for p in stacks for g in p.grad], strict=True):
+            matrix.grad = gradient.clone()
+        stacked.step()
+        apart.step()
+        assert furthest([matrix for stack in stacks for matrix in stack], slices) < 1e-6
+    assert min((a - b).abs().max().item() for a, b in zip(slices, start, strict=True)) > 0.01
+
+
 def test_a_parameter_without_a_gradient_stays():
     first, second = parameters([(4, 6), (4, 6)])
     before = second.detach().clone()
@@ -195,6 +214,23 @@ def test_every_parameter_is_in_one_group(changes):
     assert [g["muon"] for g in groups] == [True, False, False]
     assert [g["lr"] for g in groups] == [0.02, 0.003, 0.003]
     assert [g["weight_decay"] for g in groups] == [0.1, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("stacked", FORMS.values(), ids=FORMS)
+def test_experts_are_matrices_in_the_blocks(stacked):
+    model = Transformer(build().config, lambda layer: Experts(16, 8, 3, stacked=stacked))
+    optimizer = build_optimizer(model, "muon", lr=0.003, matrix_lr=0.02)
+    counts = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    assert counts == Counter(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, tables, vectors = ({names[id(p)] for p in g["params"]} for g in optimizer.param_groups)
+    experts = ("gate", "up", "down") if stacked else [f"experts.{e}.down.weight" for e in range(3)]
+    assert {f"blocks.1.mlp.{name}" for name in (*experts, "router.weight", "shared.down.weight")} < matrices
+    assert tables == {"tokens.weight"} and "blocks.0.mlp.router.bias" in vectors
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    give_gradients(list(model.parameters()), 0)
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_frozen_parameters_are_left_out():

@@ -217,7 +217,9 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2:
                 continue  # norms start at one, biases at zero
-            branch_end = name.endswith(("attn.out.weight", "mlp.down.weight"))
+            # What a block adds to the stream: attention's out, and down, of the MLP or of any of its experts.
+            inside = name.split(".")[2:] if name.startswith("blocks.") else []
+            branch_end = "down" in inside or inside[:2] == ["attn", "out"]
             nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * self.config.n_layers) if branch_end else 1))
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:

@@ -41,6 +41,7 @@ class Muon(AdamW):
     """Muon for the matrices inside the blocks, AdamW for everything else, as one optimizer.
 
     Matrices of one shape are orthogonalized together: one batched multiplication in place of many small ones.
+    A parameter `(E, m, n)` is a stack of E matrices, each with directions of its own: experts, for one.
     The update is scaled by 0.2·√max(m, n), which gives it the size of an AdamW update, so that a rate for one
     serves the other (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
 
@@ -91,8 +92,8 @@ class Muon(AdamW):
                 momentum = self.state[p].setdefault("m", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(momentum, group["momentum"]))  # Nesterov: look one step ahead
-            directions = orthogonalize(torch.stack(updates), group["ns_steps"])  # (N, m, n)
-            size = 0.2 * max(shape) ** 0.5
+            directions = orthogonalize(torch.stack(updates), group["ns_steps"])  # (N, m, n) or (N, E, m, n)
+            size = 0.2 * max(shape[-2:]) ** 0.5
             for p, direction in zip(same, directions, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction, alpha=-group["lr"] * size)
@@ -101,16 +102,17 @@ class Muon(AdamW):
 def muon_groups(model: nn.Module, lr: float, adamw_lr: float, weight_decay: float = 0.1) -> list[dict]:
     """Three groups: the blocks' matrices (Muon), embeddings and output layer (AdamW), norms and biases (no decay).
 
-    An embedding is a table of rows and not a map between spaces: making its rows orthogonal means nothing.
+    An embedding is a table of rows and not a map between spaces: making its rows orthogonal means nothing. A
+    router does map, and Moonlight's was trained by Muon like the rest of its blocks (Liu et al. 2025).
 
     Args:
         model: With its layers in `model.blocks`.
-        lr: Peak rate of the matrices.
+        lr: Peak rate of the matrices, stacks of them included.
         adamw_lr: Peak rate of the rest.
-        weight_decay: For all that has two dimensions.
+        weight_decay: For all that has two dimensions or more.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
+    inside = [p for name, p in named if name.startswith("blocks.") and p.ndim >= 2]
     taken = {id(p) for p in inside}
     rest = [p for _, p in named if id(p) not in taken]
     return [
