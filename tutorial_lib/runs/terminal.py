@@ -1,0 +1,99 @@
+"""What the person at the terminal sees of a run and can ask of it: callbacks, too."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from tutorial_lib.runs.callbacks import Evaluate, Sample
+from tutorial_lib.train.distributed import is_main
+from tutorial_lib.train.loop import StepInfo
+
+__all__ = ["Show", "Stop", "printable"]
+
+
+class Show:
+    """A progress bar on a terminal; elsewhere a line at each evaluation."""
+
+    def __init__(self, console: Console, evaluator: Evaluate, sample: Sample | None = None) -> None:
+        self.console, self.evaluator, self.sample = console, evaluator, sample
+        columns = [
+            TextColumn("[bold]step {task.fields[step]:>6}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("loss [#4361ee]{task.fields[loss]}[/]  val [#f3722c]{task.fields[val]}[/]"),
+            TextColumn("{task.fields[speed]:>9,.0f} tokens/s"),
+            TextColumn("ETA {task.fields[eta]}"),
+        ]
+        self.bar = Progress(*columns, console=console, disable=not (is_main() and console.is_terminal))
+        self.fields: dict[str, Any] = {"step": 0, "loss": "–", "val": "–", "speed": 0.0, "eta": "–"}
+        self.task = self.bar.add_task("train", total=1.0, **self.fields)
+        self._first: StepInfo | None = None
+
+    def __call__(self, info: StepInfo) -> None:
+        before = self._first or info
+        self._first = before
+        seconds, done = info.seconds - before.seconds, info.progress - before.progress
+        self.fields.update(step=info.step, loss=f"{info.loss:.3f}")
+        if seconds > 0 and done > 0:
+            self.fields["speed"] = (info.tokens - before.tokens) / seconds
+            self.fields["eta"] = _clock(seconds / done * (1 - info.progress))
+        if self.evaluator.looked(info):
+            self.fields["val"] = f"{self.evaluator.loss:.3f}"
+            if is_main() and not self.console.is_terminal:
+                self.console.print(
+                    f"step {info.step:>6}  {info.progress:4.0%}  loss {self.fields['loss']}  "
+                    f"val {self.fields['val']}  {self.fields['speed']:,.0f} tokens/s  ETA {self.fields['eta']}"
+                )
+        if is_main() and self.sample is not None and self.sample.step == info.step:
+            self.console.print(f"[dim]── step {info.step} {'─' * 40}[/]")
+            self.console.print(printable(self.sample.text), markup=False, highlight=False)
+        self.bar.update(self.task, completed=info.progress, **self.fields)
+
+
+def printable(text: str) -> str:
+    """Without control characters: an untrained model writes them, and a terminal would obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+class Stop:
+    """Ends the run after the step during which Ctrl-C or a polite kill came; the second Ctrl-C insists.
+
+    with stop.listening():
+        trainer.run([…, stop])
+    """
+
+    def __init__(self, tell: Callable[[str], None] = lambda sentence: None) -> None:
+        self.asked: str | None = None
+        self.tell = tell
+
+    def __call__(self, info: StepInfo) -> bool:
+        return self.asked is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, SIGINT and SIGTERM are taken for a wish."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        old = {name: signal.signal(name, self._hear) for name in signals}
+        try:
+            yield
+        finally:
+            for name, handler in old.items():
+                signal.signal(name, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        self.tell(f"{self.asked}: stopping after this step, with a checkpoint")
