@@ -27,10 +27,10 @@ from test_cli import ROOT, SMALL, run
 from tutorial_lib.cli.main import app
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.gguf import load_gguf
 from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.interop.pretrained import open_pretrained
+from tutorial_lib.interop.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.train.checkpoint import load_model
 
 CHATML = (

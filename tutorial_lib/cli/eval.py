@@ -15,8 +15,8 @@ from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.cli.models import Ckpt, Device, Dtype, Model, open_model
 from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.source import Source, check_fits, open_source
-from tutorial_lib.data.tokenizers import same_tokenizer
 from tutorial_lib.interop.pretrained import Pretrained
+from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.train.evaluate import evaluate as measure
 from tutorial_lib.train.runner import pick_precision

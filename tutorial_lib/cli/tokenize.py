@@ -14,7 +14,7 @@ from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.data.shards import ShardWriter
-from tutorial_lib.data.tokenizers import encode_bytes, load_tokenizer
+from tutorial_lib.interop.tokenizers import encode_bytes, load_tokenizer
 from tutorial_lib.train.evaluate import split_train_val
 
 __all__ = ["tokenize"]

@@ -13,7 +13,7 @@ from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.data.shards import ShardedTokens
 from tutorial_lib.data.stream import ShuffledBatches
-from tutorial_lib.data.tokenizers import (
+from tutorial_lib.interop.tokenizers import (
     NAMES,
     Tokenizer,
     encode_bytes,

@@ -14,7 +14,7 @@ from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.source import Source, open_source
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import same_tokenizer
+from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.settings import ModelTable
 from tutorial_lib.train.checkpoints import CheckpointError
 
