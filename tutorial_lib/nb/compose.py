@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tutorial_lib.nb import graph
 from tutorial_lib.nb.cells import Cell, path_of
+from tutorial_lib.nb.pieces import Piece, take_apart, what_stays
 
 __all__ = ["compose", "faults", "polish"]
 
@@ -21,7 +21,7 @@ _LINE_LENGTH = 110
 
 def compose(cells: list[Cell]) -> str:
     """The module's text, before ruff sorts the imports and formats it. The cells must be without `faults`."""
-    pieces = _take_apart(cells)
+    pieces = take_apart(cells)
 
     def every(kind: str) -> list[str]:
         return [piece.text for piece in pieces if piece.kind == kind]
@@ -36,13 +36,13 @@ def compose(cells: list[Cell]) -> str:
         "\n\n".join(every("import for type checkers")),
         f"__all__ = [{', '.join(public)}]",
     ]
-    bodies = [_what_stays(cell, pieces) for cell in cells]
+    bodies = [what_stays(cell, pieces) for cell in cells]
     return "\n\n".join(filter(None, top)) + "\n\n\n" + "\n\n\n".join(filter(None, bodies)) + "\n"
 
 
 def faults(module: str, cells: list[Cell]) -> Iterator[str]:
     """What keeps the cells from being a module, each fault a sentence with the place and the mend."""
-    notebook, pieces = cells[0].notebook, _take_apart(cells)
+    notebook, pieces = cells[0].notebook, take_apart(cells)
     if not graph.lesson_of(notebook):
         yield f"{notebook}: name it part_lesson_title, like 3_2_rope.ipynb."
     for piece in pieces:
@@ -64,7 +64,7 @@ def faults(module: str, cells: list[Cell]) -> Iterator[str]:
         )
 
 
-def _imports_of_itself(module: str, piece: _Piece) -> Iterator[str]:
+def _imports_of_itself(module: str, piece: Piece) -> Iterator[str]:
     for name, line in graph.imported_names(piece.stmt, module, is_package=False):
         if f"{name}.".startswith(f"{module}."):
             yield (
@@ -73,7 +73,7 @@ def _imports_of_itself(module: str, piece: _Piece) -> Iterator[str]:
             )
 
 
-def _defined_twice(module: str, pieces: list[_Piece]) -> Iterator[str]:
+def _defined_twice(module: str, pieces: list[Piece]) -> Iterator[str]:
     seen: dict[str, str] = {}
     for piece in pieces:
         if piece.kind != "definition" or piece.is_overload:
@@ -120,110 +120,3 @@ def polish(
                 )
         ruff("format")
         return {path: file.read_text(encoding="utf-8") for path, file in files.items()}
-
-
-# ── A cell, taken apart ──────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """A statement of an exported cell: what it is to the module, and its lines."""
-
-    cell: Cell
-    stmt: ast.stmt
-    kind: str
-    first: int
-    last: int
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.cell.source.split("\n")[self.first - 1 : self.last])
-
-    @property
-    def place(self) -> str:
-        return self.cell.at(self.first)
-
-    @property
-    def names(self) -> list[str]:
-        return _defined(self.stmt)
-
-    @property
-    def public(self) -> list[str]:
-        """What goes into `__all__`: functions, classes, annotated and ALL-CAPS constants."""
-        every = not isinstance(self.stmt, ast.Assign)
-        return [name for name in self.names if not name.startswith("_") and (every or name.isupper())]
-
-    @property
-    def is_overload(self) -> bool:
-        """typing.overload: the definition proper is still to come."""
-        return any("overload" in ast.unparse(decorator) for decorator in _decorators(self.stmt))
-
-
-_MOVES_UP = ("docstring", "import", "import for type checkers")
-
-
-def _take_apart(cells: list[Cell]) -> list[_Piece]:
-    """The pieces of a module, in order."""
-    pieces = []
-    for cell in cells:
-        lines = cell.source.split("\n")
-        previous, ended = None, 0
-        for stmt in cell.tree.body:
-            first = min([stmt.lineno, *(decorator.lineno for decorator in _decorators(stmt))])
-            opens = previous is None and cell is cells[0]
-            kind = "one of two on a line" if first <= ended else _kind(stmt, previous, opens)
-            while kind.startswith("import") and first - 1 > ended and lines[first - 2].startswith("#"):
-                first -= 1  # a comment glued to an import moves with it
-            pieces.append(_Piece(cell, stmt, kind, first, stmt.end_lineno))
-            previous, ended = stmt, stmt.end_lineno
-    return pieces
-
-
-def _kind(stmt: ast.stmt, previous: ast.stmt | None, opens: bool) -> str:
-    """What a statement is to the module; `opens`: it is the first of all."""
-    if isinstance(stmt, (ast.Import, ast.ImportFrom)):
-        return "import"
-    if _is_type_checking(stmt):
-        return "import for type checkers"
-    is_string = isinstance(stmt, ast.Expr) and isinstance(getattr(stmt.value, "value", None), str)
-    if is_string and opens:
-        return "docstring"
-    if is_string and isinstance(previous, (ast.Assign, ast.AnnAssign)):
-        return "docstring of a constant"
-    if "__all__" in (names := _defined(stmt)):
-        return "__all__"
-    return "definition" if names else "something else"
-
-
-def _what_stays(cell: Cell, pieces: list[_Piece]) -> str:
-    """The cell without what has its place further up."""
-    lines = cell.source.split("\n")
-    for piece in pieces:
-        if piece.cell is cell and piece.kind in _MOVES_UP:
-            lines[piece.first - 1 : piece.last] = [""] * (piece.last - piece.first + 1)
-    return "\n".join(lines).strip()
-
-
-def _decorators(stmt: ast.stmt) -> list[ast.expr]:
-    return getattr(stmt, "decorator_list", [])
-
-
-def _defined(stmt: ast.stmt) -> list[str]:
-    """The names that a definition defines; [] for any other statement."""
-    if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return [stmt.name]
-    if isinstance(stmt, ast.Assign):
-        leaves = [leaf for t in stmt.targets for leaf in (t.elts if isinstance(t, ast.Tuple) else [t])]
-    else:  # a bare `x: int` binds nothing
-        leaves = [stmt.target] if isinstance(stmt, ast.AnnAssign) and stmt.value else []
-    return [leaf.id for leaf in leaves] if all(isinstance(leaf, ast.Name) for leaf in leaves) else []
-
-
-def _is_type_checking(stmt: ast.stmt) -> bool:
-    """`if TYPE_CHECKING:` with nothing but imports in it."""
-    return (
-        isinstance(stmt, ast.If)
-        and ast.unparse(stmt.test).split(".")[-1] == "TYPE_CHECKING"
-        and not stmt.orelse
-        and all(isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in stmt.body)
-    )
