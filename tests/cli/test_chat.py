@@ -26,11 +26,11 @@ from tests.cli.test_cli import ROOT, SMALL, run
 from tutorial_lib.cli.main import app
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.checkpoint import load_model
 from tutorial_lib.interop.gguf import load_gguf
 from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.interop.pretrained import open_pretrained
+from tutorial_lib.interop.tokenizers import load_tokenizer, same_tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -21,8 +21,8 @@ from tutorial_lib.data.bpe import GPT2_PATTERN, BPETokenizer
 from tutorial_lib.data.bpe_formats import gpt2_characters
 from tutorial_lib.data.protocol import token_bytes
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import encode_bytes, load_tokenizer, same_tokenizer, token_lengths
 from tutorial_lib.interop.gguf_vocabulary import CUTS, _empty
+from tutorial_lib.interop.tokenizers import encode_bytes, load_tokenizer, same_tokenizer, token_lengths
 
 NAMES = ["<|eos|>", "<|user|>", "<|user|><|eos|>"]
 TRAINED_ON = (

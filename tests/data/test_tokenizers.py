@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tutorial_lib.data import tokenizers as module
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import encode_bytes, load_tokenizer, same_tokenizer, token_lengths
+from tutorial_lib.interop import tokenizers as module
+from tutorial_lib.interop.tokenizers import encode_bytes, load_tokenizer, same_tokenizer, token_lengths
 
 TEXT = "To be, or not to be,\nthat is the question.\nWhether 'tis nobler\n\nin the mind\r\n  to suffer\n" * 5
 BPE = BPETokenizer.train(TEXT, 300, ["<|eos|>"])

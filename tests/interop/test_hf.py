@@ -28,9 +28,9 @@ from tutorial_lib.core.rope import RopeScaling
 from tutorial_lib.core.swiglu import gated_width
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.hf import hf_config, load_hf, save_hf
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
+from tutorial_lib.interop.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.weights import WeightsError
 from tutorial_lib.quant.int8 import to_int8
 

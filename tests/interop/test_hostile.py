@@ -27,11 +27,11 @@ pytest.importorskip("tokenizers")
 
 from tutorial_lib.core.model import ModelConfig
 from tutorial_lib.data.bpe import BPETokenizer
-from tutorial_lib.data.tokenizers import load_tokenizer
 from tutorial_lib.interop.gguf import gguf_tokenizer, load_gguf, save_gguf
 from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile
 from tutorial_lib.interop.hf import load_hf, save_hf
 from tutorial_lib.interop.pretrained import open_pretrained
+from tutorial_lib.interop.tokenizers import load_tokenizer
 from tutorial_lib.interop.weights import WeightsError
 
 ROOM = 200 << 20

@@ -12,16 +12,12 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tutorial_lib import files
-from tutorial_lib.nb.exercises import (
-    STUB,
-    ExerciseError,
-    cells_digest,
-    main,
-    make_stub,
-    regenerate,
-    stub_digest,
-)
-from tutorial_lib.nb.normalise import ROOT, dumps, normalise
+from tutorial_lib.nb.digests import cells_digest, stub_digest
+from tutorial_lib.nb.exercises import main, regenerate
+from tutorial_lib.nb.form import normalise
+from tutorial_lib.nb.graph import ROOT
+from tutorial_lib.nb.notebooks import dumps
+from tutorial_lib.nb.stubs import STUB, ExerciseError, make_stub
 
 NAME = "part_1_core/1_1_add.ipynb"
 ADD = '''def add(a, b):

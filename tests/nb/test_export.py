@@ -10,7 +10,7 @@ import pytest
 from nbformat import v4
 
 from tutorial_lib.nb import export
-from tutorial_lib.nb.normalise import dumps
+from tutorial_lib.nb.notebooks import dumps
 
 ROPE = "chapters/part_3_modernizing/3_2_rope.ipynb"
 NORMS = "chapters/part_3_modernizing/3_1_norms.ipynb"

@@ -12,16 +12,9 @@ import nbformat
 import pytest
 from nbformat import NotebookNode, v4
 
-from tutorial_lib.nb.normalise import (
-    TREES,
-    _look_again,
-    dumps,
-    execute,
-    main,
-    normalise,
-    read_notebook,
-    setup_source,
-)
+from tutorial_lib.nb.form import normalise, setup_source
+from tutorial_lib.nb.normalise import _look_again, execute, main
+from tutorial_lib.nb.notebooks import TREES, dumps, read_notebook
 
 STATE = "application/vnd.jupyter.widget-state+json"
 VIEW = "application/vnd.jupyter.widget-view+json"

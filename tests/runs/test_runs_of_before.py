@@ -54,7 +54,9 @@ def test_a_run_goes_on_and_ends_where_it_would_have_ended(runs, name):
     assert tree["batches"] == wanted["batches"] and tree["progress"]["tokens"] == wanted["progress"]["tokens"]
     rows = (runs / name / "metrics.csv").read_text().splitlines()
     assert rows[0] == (BEFORE / name / "metrics.csv").read_text().splitlines()[0], "the columns changed"
-    assert sum(row.startswith("6,") for row in rows) == 2, "the log was not cut at the step that it goes on from"
+    assert sum(row.startswith("6,") for row in rows) == 2, (
+        "the log was not cut at the step that it goes on from"
+    )
 
 
 @pytest.mark.parametrize("name", ["muon/step_00000006.ckpt", "adamw/end.ckpt"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.checks.notebook import Cell, definitions, find_home, notebook_of
-from tutorial_lib.nb.exercises import stub_digest
+from tutorial_lib.nb.digests import stub_digest
 
 __all__ = ["is_untouched", "is_untouched_object", "top_level_source"]
 

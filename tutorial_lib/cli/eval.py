@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.cli.models import Device, Dtype, Model, named, open_model
 from tutorial_lib.data.corpora import CORPORA
-from tutorial_lib.data.tokenizers import same_tokenizer
 from tutorial_lib.eval.perplexity import evaluate as measure
 from tutorial_lib.interop.pretrained import Pretrained
+from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.runs.parts import pick_precision
 from tutorial_lib.runs.source import Source, check_fits, open_source
 from tutorial_lib.tools.devices import pick_device

@@ -15,7 +15,7 @@ from tutorial_lib.data.corpora import CORPORA, load_text
 from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.data.shards import ShardWriter
-from tutorial_lib.data.tokenizers import encode_bytes, load_tokenizer
+from tutorial_lib.interop.tokenizers import encode_bytes, load_tokenizer
 
 __all__ = ["tokenize"]
 

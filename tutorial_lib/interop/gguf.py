@@ -8,11 +8,9 @@ Llama (SmolLM2 and Mistral call themselves so, too), Qwen3 and GPT-2. Needs the 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.core.rope import RopeScaling, rope_frequencies
 from tutorial_lib.data.adapters import HuggingFaceTokenizer
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.files import beside
 from tutorial_lib.interop.families import family
+from tutorial_lib.interop.gguf_config import FACTORS, from_gguf_fields, rope_factors, to_gguf_fields
 from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile, need_gguf
 from tutorial_lib.interop.gguf_vocabulary import read_vocabulary, vocabulary_fields
 from tutorial_lib.interop.names import GGUF, GGUF_GPT2, Rule, rules
-from tutorial_lib.interop.weights import (
-    LIMITS,
-    Put,
-    WeightsError,
-    check_config,
-    fill,
-    outline,
-    put,
-    weights_of,
-)
+from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, weights_of
 
 __all__ = ["GGUFError", "gguf_config", "gguf_tokenizer", "load_gguf", "save_gguf"]
 
-ARCHITECTURES = ("llama", "qwen3", "gpt2")
-SIZES = ("max_seq_len", "d_model", "n_heads", "n_layers", "d_mlp")
-CALLED = {
-    "max_seq_len": "context_length",
-    "d_model": "embedding_length",
-    "n_heads": "attention.head_count",
-    "n_kv_heads": "attention.head_count_kv",
-    "n_layers": "block_count",
-    "d_head": "attention.key_length",
-    "d_mlp": "feed_forward_length",
-    "norm_eps": "attention.layer_norm_rms_epsilon",
-    "rope_base": "rope.freq_base",
-}
-"""What they call our settings."""
 KINDS = ("F32", "F16", "Q8_0")
 """What `save_gguf` writes matrices as."""
-FACTORS = "rope_freqs.weight"
-"""Not a weight: how much each hand of Llama 3's RoPE is slowed down."""
-SETTINGS = "llm_scratch.rope_scaling"
-"""Our own field: what the factors were made from."""
 
 
 def load_gguf(
@@ -89,94 +60,7 @@ def load_gguf(
 
 def gguf_config(path: str | Path | GGUFFile) -> ModelConfig:
     """The shape of the model in the file."""
-    file = path if isinstance(path, GGUFFile) else GGUFFile(path)
-    kind = file.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise GGUFError(
-            f"{file.path} holds a model of architecture {kind!r:.40}: {', '.join(ARCHITECTURES)} are known"
-        )
-
-    def of(name: str, default: Any = None) -> Any:
-        return file.get(f"{kind}.{name}", default)
-
-    table = file.tensors.get("token_embd.weight")
-    if table is None or file.tensors.get("blk.0.attn_norm.weight") is None:
-        raise GGUFError(f"{file.path} has no token_embd.weight, or no layer: it holds no language model")
-    if not isinstance(layers := of("block_count"), int) or layers > len(file.tensors):
-        raise GGUFError(f"{file.path} speaks of {layers!r:.40} layers, but has {len(file.tensors)} tensors")
-    called = {ours: f"{kind}.{theirs}" for ours, theirs in CALLED.items()}
-    sizes: dict[str, Any] = {name: file.get(called[name]) for name in SIZES}
-    sizes |= {"vocab_size": table.shape[0], "tie_embeddings": "output.weight" not in file.tensors}
-    if kind == "gpt2":
-        eps = of("attention.layer_norm_epsilon")
-        sizes |= {"norm": "layernorm", "mlp": "gelu_tanh", "rope": False, "bias": True}
-        called["norm_eps"] = "gpt2.attention.layer_norm_epsilon"
-        return check_config(file.path, called, **sizes, norm_eps=_decimal(eps))
-    heads = sizes["n_heads"]
-    check_config(file.path, called, **sizes)  # from here on, they are numbers
-    usual = sizes["d_model"] // heads
-    d_head = of("attention.key_length", usual)
-    for name in ("attention.value_length", "rope.dimension_count"):
-        if of(name, d_head) != d_head:
-            raise GGUFError(
-                f"{file.path} says {name} is {of(name)!r:.40}, but we know only {d_head}, as for keys"
-            )
-    window = of("attention.sliding_window", 0)
-    if not isinstance(window, int) or not 0 <= window <= LIMITS["max_seq_len"]:
-        raise GGUFError(f"{file.path} says attention.sliding_window is {window!r:.40}, which is no length")
-    config = check_config(
-        file.path,
-        called,
-        **sizes,
-        n_kv_heads=of("attention.head_count_kv", heads),
-        d_head=None if d_head == usual else d_head,
-        norm_eps=_decimal(of("attention.layer_norm_rms_epsilon")),
-        rope_base=_decimal(of("rope.freq_base", 10_000.0)),
-        window=window or None,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        bias="blk.0.attn_q.bias" in file.tensors,
-    )
-    return replace(config, rope_scaling=_scaling(file, kind, d_head, config.rope_base))
-
-
-def _decimal(number: Any) -> Any:
-    """What was written, 1e-05, from what 32 bits made of it, 9.99999974e-06."""
-    return float(f"{number:.7g}") if isinstance(number, float) else number
-
-
-def _scaling(file: GGUFFile, kind: str, d_head: int, base: float) -> RopeScaling | None:
-    named = file.get(f"{kind}.rope.scaling.type", "none")
-    factor = file.get(f"{kind}.rope.scaling.factor", 1.0)
-    if named == "linear" and isinstance(factor, float) and factor >= 1:
-        return RopeScaling("linear", _decimal(factor))
-    if named != "none":
-        raise GGUFError(f"{file.path} scales its RoPE by {named!r:.40}: none, linear and Llama 3's are known")
-    if FACTORS not in file.tensors:
-        return None
-    if file.tensors[FACTORS].shape != (d_head // 2,):
-        raise GGUFError(f"{file.path}: {FACTORS} has not one number for each of the {d_head // 2} hands")
-    found = file.read(FACTORS)
-    # llama.cpp keeps the factors, not what they were made from; we write that down, too. All of Meta's models were
-    # made with the same settings, but for the largest factor.
-    try:
-        scaling = RopeScaling(
-            "llama3", **json.loads(file.get(SETTINGS, "null")) or {"factor": _largest(found)}
-        )
-        wanted = _factors(d_head, base, scaling)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # RecursionError is one, too
-        said = str(error).splitlines()[0]
-        raise GGUFError(f"{file.path}: {SETTINGS} are no settings of RoPE: {said}") from None
-    if not torch.allclose(found, wanted, rtol=1e-3):
-        raise GGUFError(f"{file.path}: {FACTORS} are not those of Llama 3, and others are not known")
-    return scaling
-
-
-def _largest(factors: Tensor) -> float:
-    return _decimal(max(1.0, float(factors.max())))
-
-
-def _factors(d_head: int, base: float, scaling: RopeScaling) -> Tensor:
-    return rope_frequencies(d_head, base) / rope_frequencies(d_head, base, scaling)
+    return from_gguf_fields(path if isinstance(path, GGUFFile) else GGUFFile(path))
 
 
 def _rules(model: Transformer) -> Iterator[Rule]:
@@ -225,7 +109,7 @@ def save_gguf(
         beside(path) as place,
         closing(gguf.GGUFWriter(place, arch)) as writer,
     ):  # Windows removes no open file
-        fields = _fields(model, arch, name)
+        fields = {"general.name": name, **to_gguf_fields(model, arch)}
         if tokenizer is not None:
             fields |= vocabulary_fields(tokenizer, config.vocab_size)
         if chat_template is not None:
@@ -234,7 +118,7 @@ def save_gguf(
             _add(gguf, writer, key, value)
         found = list(_rules(model))
         if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-            factors = _factors(model.blocks[0].attn.d_head, config.rope_base, config.rope_scaling)
+            factors = rope_factors(model.blocks[0].attn.d_head, config.rope_base, config.rope_scaling)
             found.append(Rule(FACTORS, (FACTORS,)))
             weights[FACTORS] = nn.Parameter(factors)
         for rule in found:  # first what there is, and how large; then the bytes
@@ -272,39 +156,6 @@ def _encode(gguf: Any, name: str, tensor: Tensor, type_: Any) -> np.ndarray:
             f"our weight for {name!r} reaches {largest:.3g}, which {type_.name} cannot hold: use F32"
         )
     return numbers.astype(np.float16) if type_.name == "F16" else gguf.quants.quantize(numbers, type_)
-
-
-def _fields(model: Transformer, arch: str, name: str) -> dict[str, Any]:
-    config, attn = model.config, model.blocks[0].attn
-    eps = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
-    fields: dict[str, Any] = {
-        "general.name": name,
-        f"{arch}.context_length": config.max_seq_len,
-        f"{arch}.embedding_length": config.d_model,
-        f"{arch}.block_count": config.n_layers,
-        f"{arch}.feed_forward_length": model.blocks[0].mlp.up.out_features,
-        f"{arch}.attention.head_count": attn.n_heads,
-        f"{arch}.attention.head_count_kv": attn.n_kv_heads,
-        f"{arch}.attention.{eps}": config.norm_eps,
-        f"{arch}.vocab_size": config.vocab_size,
-    }
-    if arch == "gpt2":
-        return fields
-    fields |= {
-        f"{arch}.attention.key_length": attn.d_head,
-        f"{arch}.attention.value_length": attn.d_head,
-        f"{arch}.rope.dimension_count": attn.d_head,
-        f"{arch}.rope.freq_base": float(config.rope_base),
-    }
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        settings = asdict(config.rope_scaling)
-        fields[SETTINGS] = json.dumps({key: settings[key] for key in settings if key != "kind"})
-    elif config.rope_scaling is not None:
-        fields |= {
-            f"{arch}.rope.scaling.type": "linear",
-            f"{arch}.rope.scaling.factor": float(config.rope_scaling.factor),
-        }
-    return fields
 
 
 def _add(gguf: Any, writer: Any, key: str, value: Any) -> None:

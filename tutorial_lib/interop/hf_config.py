@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tutorial_lib.core.model import ModelConfig
@@ -13,14 +14,17 @@ from tutorial_lib.interop.weights import WeightsError, check_config
 
 __all__ = ["from_hf_config", "to_hf_config"]
 
-CLASSES = {
-    "gpt2": "GPT2LMHeadModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+GPT2S = {
+    "vocab_size": "vocab_size",
+    "max_seq_len": "n_positions",
+    "d_model": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "d_mlp": "n_inner",
+    "norm_eps": "layer_norm_epsilon",
 }
-
 LLAMAS = {
+    "vocab_size": "vocab_size",
     "max_seq_len": "max_position_embeddings",
     "d_model": "hidden_size",
     "n_heads": "num_attention_heads",
@@ -31,15 +35,52 @@ LLAMAS = {
     "norm_eps": "rms_norm_eps",
     "rope_base": "rope_theta",
 }
-GPT2S = {
-    "max_seq_len": "n_positions",
-    "d_model": "n_embd",
-    "n_heads": "n_head",
-    "n_layers": "n_layer",
-    "d_mlp": "n_inner",
-    "norm_eps": "layer_norm_epsilon",
-}
 """What they call our settings."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one family says it."""
+
+    architecture: str
+    """The class that computes it."""
+    called: dict[str, str]
+    """What our settings are called."""
+    fixed: dict[str, Any]
+    """What is said, and is the same in all models that we know."""
+    usual: dict[str, Any]
+    """What is meant where nothing is said; all else must be said."""
+
+
+NORM_AND_ROPE = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+SILU = {"hidden_act": "silu"}
+DIALECTS = {
+    "gpt2": Dialect(
+        "GPT2LMHeadModel",
+        GPT2S,
+        {"activation_function": "gelu_new"},
+        {"n_inner": None, "layer_norm_epsilon": 1e-5},
+    ),
+    "llama": Dialect(
+        "LlamaForCausalLM",
+        LLAMAS,
+        SILU,
+        {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None, **NORM_AND_ROPE},
+    ),
+    "mistral": Dialect("MistralForCausalLM", LLAMAS, SILU, {"head_dim": None, **NORM_AND_ROPE}),
+    "qwen3": Dialect("Qwen3ForCausalLM", LLAMAS, SILU, {"head_dim": 128, **NORM_AND_ROPE}),
+}
+
+SCALINGS = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_seq_len": "original_max_position_embeddings",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+    },
+}
+"""What they call the settings of our `RopeScaling`."""
 
 ASSUMED: dict[str, Any] = {
     "scale_attn_weights": True,
@@ -63,64 +104,37 @@ def from_hf_config(found: Mapping[str, Any], where: object = "config.json") -> M
         raise WeightsError(
             f"{where} describes a {kind!r:.40} model: the families known are {', '.join(FAMILIES)}"
         )
-    for name, value in ASSUMED.items():
+    dialect = DIALECTS[kind]
+    for name, value in {**ASSUMED, **dialect.fixed}.items():
         if found.get(name, value) != value:
             raise WeightsError(
                 f"{where} says {name} is {found[name]!r:.60}, but our Transformer knows only {value!r}"
             )
-
-    def need(name: str) -> Any:
-        if found.get(name) is None:
-            raise WeightsError(f"{where} does not say {name}")
-        return found[name]
-
-    def said(name: str, llamas: Any) -> Any:  # the other families have other defaults
-        value = found.get(name) if kind == "llama" else need(name)
-        return llamas if value is None else value
-
-    tied = found.get("tie_word_embeddings", kind == "gpt2")
+    sizes = {}
+    for ours, theirs in dialect.called.items():
+        sizes[ours] = found.get(theirs)
+        if sizes[ours] is None:  # null says nothing
+            if theirs not in dialect.usual:
+                raise WeightsError(f"{where} does not say {theirs}")
+            sizes[ours] = dialect.usual[theirs]
+    sizes["tie_embeddings"] = bool(found.get("tie_word_embeddings", kind == "gpt2"))
     if kind == "gpt2":
-        _expect(where, "activation_function", found.get("activation_function", "gelu_new"), "gelu_new")
-        sizes = {ours: found.get(theirs) for ours, theirs in GPT2S.items()}
-        sizes |= {"vocab_size": found.get("vocab_size"), "norm_eps": found.get("layer_norm_epsilon", 1e-5)}
-        how = {"norm": "layernorm", "mlp": "gelu_tanh", "rope": False, "bias": True}
-        return check_config(where, GPT2S, **sizes, **how, tie_embeddings=bool(tied))
-    _expect(where, "hidden_act", found.get("hidden_act", "silu"), "silu")
+        return check_config(
+            where, dialect.called, **sizes, norm="layernorm", mlp="gelu_tanh", rope=False, bias=True
+        )
+    sizes["rope_base"], sizes["rope_scaling"] = _rope(found, where)
+    sizes |= {"bias": _bias(found, where), "window": _window(found, kind, where), "qk_norm": kind == "qwen3"}
+    config = check_config(where, dialect.called, **sizes)
+    return replace(config, d_head=None) if config.d_head == config.d_model // config.n_heads else config
+
+
+def _bias(found: Mapping[str, Any], where: object) -> bool:
     bias = bool(found.get("attention_bias", False))
     if bool(found.get("mlp_bias", False)) != bias:
         raise WeightsError(
             f"{where} has biases in the attention or in the MLP, but our Transformer in both or none"
         )
-    base, scaling = _rope(found, where)
-    n_heads, d_model = need("num_attention_heads"), need("hidden_size")
-    usual = d_model // n_heads if isinstance(d_model, int) and isinstance(n_heads, int) and n_heads else None
-    d_head = found.get("head_dim")
-    if d_head is None and kind == "qwen3":
-        d_head = 128
-    return check_config(
-        where,
-        LLAMAS,
-        vocab_size=need("vocab_size"),
-        max_seq_len=said("max_position_embeddings", 2048),
-        d_model=d_model,
-        n_heads=n_heads,
-        n_kv_heads=said("num_key_value_heads", n_heads),
-        n_layers=need("num_hidden_layers"),
-        d_head=None if d_head == usual else d_head,
-        d_mlp=need("intermediate_size"),
-        norm_eps=found.get("rms_norm_eps", 1e-6),
-        rope_base=base,
-        rope_scaling=scaling,
-        qk_norm=kind == "qwen3",
-        window=_window(found, kind, where),
-        bias=bias,
-        tie_embeddings=bool(tied),
-    )
-
-
-def _expect(where: object, name: str, found: Any, wanted: Any) -> None:
-    if found != wanted:
-        raise WeightsError(f"{where} says {name} is {found!r:.60}, but our Transformer knows only {wanted!r}")
+    return bias
 
 
 def _rope(found: Mapping[str, Any], where: object) -> tuple[float, RopeScaling | None]:
@@ -142,16 +156,9 @@ def _rope(found: Mapping[str, Any], where: object) -> tuple[float, RopeScaling |
         raise WeightsError(f"{where} turns only a part of the channels, but our RoPE turns all")
     if kind == "default":
         return base, None
-    if kind not in ("linear", "llama3"):
+    if kind not in SCALINGS:
         raise WeightsError(f"{where} scales its RoPE by {kind!r:.40}: linear and llama3 are known")
-    names = {"factor": "factor"}
-    if kind == "llama3":
-        names |= {
-            "original_max_seq_len": "original_max_position_embeddings",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-        }
-    values = {ours: about.get(theirs) for ours, theirs in names.items()}
+    values = {ours: about.get(theirs) for ours, theirs in SCALINGS[kind].items()}
     if not all(isinstance(v, (int, float)) and 0 < v < 1e30 for v in values.values()):
         raise WeightsError(f"{where} scales its RoPE by {kind}, but its numbers are {values!r:.120}")
     try:
@@ -193,65 +200,50 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         WeightsError: if none of the families computes it.
     """
     kind = family(config)
-    common = {
-        "architectures": [CLASSES[kind]],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
-    if kind == "gpt2":
-        return {
-            **common,
-            "n_positions": config.max_seq_len,
-            "n_embd": config.d_model,
-            "n_head": config.n_heads,
-            "n_layer": config.n_layers,
-            "n_inner": config.d_mlp,
-            "layer_norm_epsilon": config.norm_eps,
-            "activation_function": "gelu_new",
-            "bos_token_id": None,
-            "eos_token_id": None,
-        }
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        rope = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
-    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        rope |= {
-            "original_max_position_embeddings": config.rope_scaling.original_max_seq_len,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-        }
-    found = {
-        **common,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_mlp or gated_width(config.d_model),
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads or config.n_heads,
-        "head_dim": config.d_head or config.d_model // config.n_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_base,
-        "rope_scaling": None if config.rope_scaling is None else rope,
-        "rope_parameters": {"rope_theta": config.rope_base, **rope},
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
+    dialect = DIALECTS[kind]
+    said: dict[str, Any] = {"architectures": [dialect.architecture], "model_type": kind, **dialect.fixed}
+    said |= {"tie_word_embeddings": config.tie_embeddings, "bos_token_id": None, "eos_token_id": None}
+    if kind != "gpt2":
+        config = replace(
+            config,
+            n_kv_heads=config.n_kv_heads or config.n_heads,
+            d_head=config.d_head or config.d_model // config.n_heads,
+            d_mlp=config.d_mlp or gated_width(config.d_model),
+        )
+        said |= _rope_said(config)
+    said |= {theirs: getattr(config, ours) for ours, theirs in dialect.called.items()}
     if kind == "llama":
-        found |= {"attention_bias": config.bias, "mlp_bias": config.bias}
+        said |= {"attention_bias": config.bias, "mlp_bias": config.bias}
     elif kind == "mistral":
-        found |= {"sliding_window": config.window}
-    else:
-        windows = [config.window_of(layer) for layer in range(config.n_layers)]
-        sizes = {window for window in windows if window is not None}
-        if len(sizes) > 1:
-            raise WeightsError(f"Qwen3 has one length for all its windows, this model has {sorted(sizes)}")
-        found |= {
-            "attention_bias": False,
-            "use_sliding_window": bool(sizes),
-            "sliding_window": sizes.pop() if sizes else None,
-            "max_window_layers": 0,
-            "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
+        said |= {"sliding_window": config.window}
+    elif kind == "qwen3":
+        said |= {"attention_bias": False, **_windows_said(config)}
+    return said
+
+
+def _rope_said(config: ModelConfig) -> dict[str, Any]:
+    """For transformers 5, and for those before it."""
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        called = SCALINGS[scaling.kind]
+        rope = {"rope_type": scaling.kind} | {
+            theirs: getattr(scaling, ours) for ours, theirs in called.items()
         }
-    return found
+    return {
+        "rope_parameters": {"rope_theta": config.rope_base, **rope},
+        "rope_scaling": None if scaling is None else rope,
+    }
+
+
+def _windows_said(config: ModelConfig) -> dict[str, Any]:
+    windows = [config.window_of(layer) for layer in range(config.n_layers)]
+    sizes = {window for window in windows if window is not None}
+    if len(sizes) > 1:
+        raise WeightsError(f"Qwen3 has one length for all its windows, this model has {sorted(sizes)}")
+    return {
+        "use_sliding_window": bool(sizes),
+        "sliding_window": sizes.pop() if sizes else None,
+        "max_window_layers": 0,
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
+    }

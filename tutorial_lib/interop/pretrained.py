@@ -15,13 +15,13 @@ from tutorial_lib.core.gpt import GPT
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.adapters import HuggingFaceTokenizer, read_tokenizer_config
 from tutorial_lib.data.corpora import MODELS, fetch
-from tutorial_lib.data.tokenizers import Tokenizer, load_tokenizer
 from tutorial_lib.interop.checkpoint import load_model
 from tutorial_lib.interop.gguf import gguf_tokenizer, load_gguf
 from tutorial_lib.interop.gguf_file import GGUFFile
 from tutorial_lib.interop.hf import load_hf, read_config
 from tutorial_lib.interop.hub import download, looks_like_hub_id
 from tutorial_lib.interop.layout import lay_out, put_laid_out
+from tutorial_lib.interop.tokenizers import Tokenizer, load_tokenizer
 from tutorial_lib.interop.weights import Put, WeightsError, put
 from tutorial_lib.quant.int8 import put_int8, to_int8
 from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.data.tokenizers import same_tokenizer
+from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.kinds import kind_of
 from tutorial_lib.runs.config import Config, ConfigError, model_config
 from tutorial_lib.runs.settings import ModelTable, model_table

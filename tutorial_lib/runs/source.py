@@ -14,7 +14,7 @@ from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.data.shards import ShardedTokens
 from tutorial_lib.data.shuffle import ShuffledBatches
-from tutorial_lib.data.tokenizers import (
+from tutorial_lib.interop.tokenizers import (
     NAMES,
     Tokenizer,
     encode_bytes,

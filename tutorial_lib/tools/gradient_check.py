@@ -85,15 +85,7 @@ def gradient_check(
         raise ValueError("nothing to check: hand over a float tensor, or a module with parameters")
 
     def value() -> Tensor:
-        outputs = [y for y in tree_leaves(fn(*args)) if _is_float(y)]
-        if not outputs or any(y.dtype != torch.float64 for y in outputs):
-            raise ValueError(
-                "the value is not float64, and float32 rounds too much to measure a slope: hand over the module "
-                "itself, not a lambda around it, and take .float() out"
-            )
-        y = torch.cat([y.flatten() for y in outputs])
-        weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).to(y.device)
-        return y.sum() if y.numel() == 1 else y @ weights  # a scalar keeps the gradient that you know
+        return _as_scalar(fn(*args))
 
     total = value()
     if not total.isfinite():
@@ -109,13 +101,7 @@ def gradient_check(
         for name, x in tensors.items():
             grad, entries = grads.get(name), []
             for index in _places(x, grad, samples):
-                here = x[index].item()
-                x[index] = here + h
-                above = value().item()
-                x[index] = here - h
-                below = value().item()
-                x[index] = here
-                numeric = (above - below) / (2 * h)
+                numeric = _slope(value, x, index, h)
                 autograd = 0.0 if grad is None else grad[index].item()
                 excess = abs(autograd - numeric) / (tol * (0.01 + max(abs(autograd), abs(numeric))))
                 excess = math.inf if math.isnan(excess) else excess  # a NaN agrees with nothing
@@ -127,6 +113,30 @@ def gradient_check(
 
 def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _as_scalar(outputs: Any) -> Tensor:
+    """What a function returned as one number, to which every entry adds something else."""
+    floats = [y for y in tree_leaves(outputs) if _is_float(y)]
+    if not floats or any(y.dtype != torch.float64 for y in floats):
+        raise ValueError(
+            "the value is not float64, and float32 rounds too much to measure a slope: hand over the module "
+            "itself, not a lambda around it, and take .float() out"
+        )
+    y = torch.cat([y.flatten() for y in floats])
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype).to(y.device)
+    return y.sum() if y.numel() == 1 else y @ weights  # a scalar keeps the gradient that you know
+
+
+def _slope(value: Callable[[], Tensor], x: Tensor, index: tuple[int, ...], h: float) -> float:
+    """The central difference (f(x + h) - f(x - h)) / 2h in one entry of x, which is put back afterwards."""
+    here = x[index].item()
+    x[index] = here + h
+    above = value().item()
+    x[index] = here - h
+    below = value().item()
+    x[index] = here
+    return (above - below) / (2 * h)
 
 
 def _places(x: Tensor, grad: Tensor | None, n: int) -> list[tuple[int, ...]]:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,45 +111,55 @@ def _rows(values: dict[str, object]) -> str:
 
 def write_report(story: Story, folder: Path) -> Path:
     """Write `report.html` (and its pictures as files of their own), and return its path."""
-    e = html.escape
+    parts = [*_learning(story, folder), *_baselines(story, folder), *_samples(story), *_facts(story)]
+    path = folder / "report.html"
+    write_text(path, _PAGE.replace("{{body}}", "\n".join([*parts, _how_to_use(folder)])))
+    return path
+
+
+def _learning(story: Story, folder: Path) -> Iterator[str]:
     if story.loss is None:
-        head = "The run was stopped early. Its checkpoints are in this folder and can be used."
+        yield "<p class=lead>The run was stopped early. Its checkpoints are in this folder and can be used.</p>"
     else:
-        head = (
-            f"After {story.seconds:.0f} seconds of training the model predicts text it has never seen at "
-            f"<b>{story.loss:.3f} nats per byte</b> ({story.bits_per_byte:.2f} bits)."
+        yield (
+            f"<p class=lead>After {story.seconds:.0f} seconds of training the model predicts text it has never seen "
+            f"at <b>{story.loss:.3f} nats per byte</b> ({story.bits_per_byte:.2f} bits).</p>"
         )
-    parts = [f"<p class=lead>{head}</p>"]
-    parts.append(_embed(loss_picture(story), "Loss against seconds of training", folder / "loss.png"))
+    yield _embed(loss_picture(story), "Loss against seconds of training", folder / "loss.png")
     if plain := plain_run(story):
-        parts.append(
+        yield (
             f"<p>For comparison, the usual AdamW recipe for a small GPT (four layers, 2000 steps of "
             f"12×64 bytes, peak rate 1e-3) ended at {plain['loss']:.3f} nats per byte after "
-            f"{plain['seconds']:.0f} seconds on {e(plain['machine'])}. Same loop, same text. What differs: a modern "
-            "architecture (RMSNorm, RoPE, SwiGLU, QK-norm), Muon for the matrices, a context twice as long, rates "
-            "that were searched for, and the seconds. <code>python -m tutorial_lib.tour.ladder</code> takes the "
+            f"{plain['seconds']:.0f} seconds on {html.escape(plain['machine'])}. Same loop, same text. What differs: "
+            "a modern architecture (RMSNorm, RoPE, SwiGLU, QK-norm), Muon for the matrices, a context twice as long, "
+            "rates that were searched for, and the seconds. <code>python -m tutorial_lib.tour.ladder</code> takes the "
             "difference apart; "
             "<code>python -m tutorial_lib.tour --recipe plain</code> measures it here.</p>"
         )
-    if story.bits_per_byte is not None:
-        parts.append(
-            _embed(baselines_picture(story), "Bits per byte beside baselines", folder / "baselines.png")
-        )
-        parts.append(
-            "<p>Uniform knows nothing. Unigram and bigram count single bytes and pairs in the training text. "
-            "gzip, xz and bzip2 compress the validation text alone; “having read the training text” gives xz the "
-            "training text first, which is what the model had.</p>"
-        )
-        numbers = sorted(
-            [*story.baselines.items(), ("this model", story.bits_per_byte)], key=lambda row: row[1]
-        )
-        parts.append(f"<table>{_rows({name: f'{bits:.3f} bits per byte' for name, bits in numbers})}</table>")
-    parts.append("<h2>What it writes</h2><div class=samples>")
+
+
+def _baselines(story: Story, folder: Path) -> Iterator[str]:
+    if story.bits_per_byte is None:
+        return
+    yield _embed(baselines_picture(story), "Bits per byte beside baselines", folder / "baselines.png")
+    yield (
+        "<p>Uniform knows nothing. Unigram and bigram count single bytes and pairs in the training text. "
+        "gzip, xz and bzip2 compress the validation text alone; “having read the training text” gives xz the "
+        "training text first, which is what the model had.</p>"
+    )
+    numbers = sorted([*story.baselines.items(), ("this model", story.bits_per_byte)], key=lambda row: row[1])
+    yield f"<table>{_rows({name: f'{bits:.3f} bits per byte' for name, bits in numbers})}</table>"
+
+
+def _samples(story: Story) -> Iterator[str]:
+    yield "<h2>What it writes</h2><div class=samples>"
     for progress, step, text in story.samples:
-        parts.append(
-            f"<figure><figcaption>step {step}, {progress:.0%}</figcaption><pre>{e(text)}</pre></figure>"
-        )
-    parts.append("</div><h2>The run</h2><table>")
+        caption = f"<figcaption>step {step}, {progress:.0%}</figcaption>"
+        yield f"<figure>{caption}<pre>{html.escape(text)}</pre></figure>"
+    yield "</div>"
+
+
+def _facts(story: Story) -> Iterator[str]:
     facts = {
         "machine": story.machine,
         "text": f"{story.dataset}: {story.train_bytes:,} bytes to train on, the last {story.val_bytes:,} to validate on",
@@ -157,21 +168,22 @@ def write_report(story: Story, folder: Path) -> Path:
         "speed": f"{story.tokens / max(story.seconds, 1e-9):,.0f} tokens/s",
         "seed": story.seed,
     }
-    parts.append(_rows(facts) + "</table><details><summary>The whole configuration</summary><table>")
     settings = {f"model.{k}": v for k, v in story.recipe["model"].items()}
     settings |= {f"train.{k}": v for k, v in story.recipe["training"].items()}
-    parts.append(_rows({**settings, "train.batch_size": story.recipe["batch_size"]}) + "</table></details>")
-    parts.append(
+    settings["train.batch_size"] = story.recipe["batch_size"]
+    yield f"<h2>The run</h2><table>{_rows(facts)}</table>"
+    yield f"<details><summary>The whole configuration</summary><table>{_rows(settings)}</table></details>"
+
+
+def _how_to_use(folder: Path) -> str:
+    best = html.escape((folder / "best.safetensors").as_posix())
+    return (
         "<h2>Use it</h2><pre class=code>from tutorial_lib.interop.checkpoint import load_model\n"
         "from tutorial_lib.tour.run import write_sample\n"
         "from tutorial_lib.data.tokenize import ByteTokenizer\n\n"
-        f'model, about = load_model("{e((folder / "best.safetensors").as_posix())}")\n'
+        f'model, about = load_model("{best}")\n'
         "print(write_sample(model, ByteTokenizer(), n=500, seed=1))</pre>"
     )
-    page = _PAGE.replace("{{body}}", "\n".join(parts))
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
 
 
 _PAGE = """<!doctype html>
