@@ -82,18 +82,23 @@ class TokenWindows(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         """Window `i`: inputs `(T,)` and labels `(T,)`, both int64."""
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        start = (i % len(self)) * self.stride
-        # Slice first, convert afterwards: only these tokens leave the disk.
-        window = torch.from_numpy(self.tokens[start : start + self.seq_len + 1].astype(np.int64))  # (T+1,)
+        window = torch.from_numpy(self._cut(i).astype(np.int64))  # (T+1,)
         # The clone gives the labels memory of their own: -100 written into them must not reach the inputs.
         return window[:-1], window[1:].clone()
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Several windows: inputs `(B, T)` and labels `(B, T)`."""
-        inputs, labels = zip(*(self[int(i)] for i in indices), strict=True)
-        return torch.stack(inputs), torch.stack(labels)
+        """Several windows: inputs `(B, T)` and labels `(B, T)`, converted all at once."""
+        windows = torch.from_numpy(
+            np.stack([self._cut(int(i)) for i in indices]).astype(np.int64)
+        )  # (B, T+1)
+        return windows[:, :-1].clone(), windows[:, 1:].clone()
+
+    def _cut(self, i: int) -> np.ndarray:
+        """The T + 1 tokens of window `i`, in the array's own type: slice first, so that only these leave the disk."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        start = (i % len(self)) * self.stride
+        return self.tokens[start : start + self.seq_len + 1]
 
 
 def random_batches(

@@ -103,7 +103,7 @@ def muon_groups(model: nn.Module, lr: float, adamw_lr: float, weight_decay: floa
     """Three groups: the blocks' matrices (Muon), embeddings and output layer (AdamW), norms and biases (no decay).
 
     An embedding is a table of rows and not a map between spaces: making its rows orthogonal means nothing. A
-    router does map, and Moonlight's was trained by Muon like the rest of its blocks (Liu et al. 2025).
+    router of experts does map, and is one of the blocks' matrices.
 
     Args:
         model: With its layers in `model.blocks`.
