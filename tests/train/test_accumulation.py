@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
-from tutorial_lib.train.accumulate import accumulate_gradients, split_batch, summed_lm_loss
+from tutorial_lib.train.accumulate import accumulate_gradients, split_batch
 from tutorial_lib.train.losses import IGNORE_INDEX, lm_loss
+from tutorial_lib.train.objective import NextToken
 from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.recompute import recompute_blocks
 
@@ -35,8 +36,8 @@ def gradient(model: nn.Module) -> Tensor:
 
 def in_pieces(model: nn.Module, micro_batches, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
     model.zero_grad()
-    loss = accumulate_gradients(model, micro_batches, precision)
-    return loss, gradient(model)
+    means = accumulate_gradients(model, micro_batches, precision)
+    return means["loss"], gradient(model)
 
 
 def whole(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +63,7 @@ def ragged_batch(counts: list[int], seed: int) -> tuple[Tensor, Tensor]:
 @given(ragged, st.integers(1, 9), st.integers(0, 1000))
 def test_pieces_equal_the_whole_with_ragged_labels(counts, size, seed):
     model, (inputs, labels) = build(), ragged_batch(counts, seed)
-    loss, got = in_pieces(model, split_batch(inputs, labels, size))
+    loss, got = in_pieces(model, split_batch((inputs, labels), size))
     wanted_loss, wanted = whole(model, inputs, labels)
     assert (got - wanted).norm() <= 1e-6 * wanted.norm()
     assert (got - wanted).abs().max() <= 1e-6 * wanted.abs().max()
@@ -85,7 +86,7 @@ def test_the_mean_of_means_is_another_gradient():
     model, (inputs, labels) = build(), ragged_batch([1, 6, 0, 2], seed=1)
     _, wanted = whole(model, inputs, labels)
     model.zero_grad()
-    for piece in split_batch(inputs, labels, 2):
+    for piece in split_batch((inputs, labels), 2):
         (lm_loss(model(piece[0]), piece[1]) / 2).backward()
     assert (gradient(model) - wanted).norm() > 0.05 * wanted.norm()
 
@@ -98,7 +99,7 @@ def test_micro_batches_of_different_lengths():
     ]
     _, got = in_pieces(model, pieces)
     model.zero_grad()
-    total = sum(summed_lm_loss(model, *piece) for piece in pieces)
+    total = sum(NextToken().loss(model, piece)[0] for piece in pieces)
     (total / sum(labels.numel() for _, labels in pieces)).backward()
     torch.testing.assert_close(got, gradient(model), rtol=1e-5, atol=1e-7)
 
@@ -111,12 +112,26 @@ def test_gradients_are_added_and_the_loss_has_no_graph():
     torch.testing.assert_close(gradient(model), 2 * once)
 
 
-def test_another_loss_plugs_in():
+class Penalized(NextToken):
+    """Three times the loss; a metric for each thing worth knowing, the plain loss among them."""
+
+    def loss(self, model, batch):
+        plain, _ = super().loss(model, batch)
+        inputs, labels = batch
+        right = (model(inputs).argmax(-1) == labels).sum()
+        return 3 * plain, {"loss": plain, "accuracy": right}
+
+
+def test_another_objective_plugs_in_and_reports_its_plain_loss():
     model, (inputs, labels) = build(), draw()
+    wanted_loss, wanted = whole(model, inputs, labels)
     model.zero_grad()
-    accumulate_gradients(model, split_batch(inputs, labels, 1), loss=lambda *a: 3 * summed_lm_loss(*a))
-    tripled = gradient(model)
-    torch.testing.assert_close(tripled, 3 * whole(model, inputs, labels)[1], rtol=1e-5, atol=1e-7)
+    means = accumulate_gradients(model, split_batch((inputs, labels), 1), objective=Penalized())
+    torch.testing.assert_close(gradient(model), 3 * wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(means["loss"], wanted_loss)
+    accuracy = (model(inputs).argmax(-1) == labels).float().mean()
+    torch.testing.assert_close(means["accuracy"], accuracy)
+    assert list(means) == ["loss", "accuracy"]
 
 
 def test_nothing_to_learn_from_is_an_error_and_touches_nothing():
@@ -127,14 +142,24 @@ def test_nothing_to_learn_from_is_an_error_and_touches_nothing():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_split_batch():
+def test_a_batch_is_cut_into_rows_and_put_together_again():
     inputs, labels = draw(5)
-    assert [len(x) for x, _ in split_batch(inputs, labels, 2)] == [2, 2, 1]
-    assert [len(x) for x, _ in split_batch(inputs, labels)] == [5]
-    assert [len(x) for x, _ in split_batch(inputs, labels, 100)] == [5]
-    torch.testing.assert_close(torch.cat([y for _, y in split_batch(inputs, labels, 2)]), labels)
+    assert [len(x) for x, _ in split_batch((inputs, labels), 2)] == [2, 2, 1]
+    assert [len(x) for x, _ in split_batch((inputs, labels))] == [5]
+    assert [len(x) for x, _ in split_batch((inputs, labels), 100)] == [5]
+    torch.testing.assert_close(torch.cat([y for _, y in split_batch((inputs, labels), 2)]), labels)
     with pytest.raises(ValueError, match="0 rows"):
-        split_batch(inputs, labels, 0)
+        split_batch((inputs, labels), 0)
+
+
+def test_a_batch_may_have_any_number_of_tensors_with_the_same_rows():
+    batch = (torch.arange(5), torch.rand(5, 2), torch.rand(5, 3, 4), torch.zeros(5, dtype=torch.bool))
+    pieces = split_batch(batch, 2)
+    assert [len(piece) for piece in pieces] == [4, 4, 4]
+    for part, again in zip(batch, zip(*pieces, strict=True), strict=True):
+        assert torch.equal(torch.cat(again), part)
+    with pytest.raises(ValueError, match=r"\[5, 4\] rows"):
+        split_batch((torch.rand(5), torch.rand(4)), 2)
 
 
 # --- precision ----------------------------------------------------------------------------------------------
@@ -152,7 +177,7 @@ def test_forward_in_16_bits_weights_and_gradients_in_32(dtype):
     with precision.autocast():
         logits = model(draw()[0])
     assert logits.dtype == dtype
-    loss, got = in_pieces(model, split_batch(*draw(), 2), precision)
+    loss, got = in_pieces(model, split_batch(draw(), 2), precision)
     _, wanted = whole(model, *draw())
     got = got / precision.scaler.get_scale()
     assert loss.dtype == got.dtype == torch.float32
@@ -323,7 +348,7 @@ def test_everything_at_once():
     _, wanted = whole(model, inputs, labels)
     recompute_blocks(model.blocks)
     precision = Precision("cpu", torch.float16, init_scale=256.0)
-    _, got = in_pieces(model, split_batch(inputs, labels, 1), precision)
+    _, got = in_pieces(model, split_batch((inputs, labels), 1), precision)
     assert (got / 256 - wanted).norm() < 0.01 * wanted.norm()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tutorial_lib.data.shuffle import ShuffledBatches
@@ -79,7 +79,7 @@ class Trainer:
         self.peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
         self.step, self.tokens, self.seconds = 0, 0, 0.0
 
-    def train_step(self, batch: Batch) -> tuple[dict[str, float], float]:
+    def train_step(self, *batch: Tensor) -> tuple[dict[str, float], float]:
         """One step on one batch: the means before it (`loss`, metrics), and the gradient norm before clipping."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -108,7 +108,7 @@ class Trainer:
             progress = self.progress(self.step + 0.5)  # a step's rate is that of its middle: never zero
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * self.schedule(progress)
-            means, grad_norm = self.train_step(batch)
+            means, grad_norm = self.train_step(*batch)
             loss = means.pop("loss")
             self.step += 1
             self.tokens += batch[0].numel() * world_size()  # what the model reads
