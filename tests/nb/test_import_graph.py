@@ -72,7 +72,7 @@ def test_a_plain_module_does_not_hide_a_later_lesson() -> None:
 
 
 def test_a_package_that_re_exports_does_not_hide_one_either() -> None:
-    (sentence,) = judge(
+    (sentence, _) = judge(  # and it goes up
         core__early=lesson(3, 1, "from tutorial_lib.moe import Layer"),
         moe____init__="from .layers import Layer",
         moe__layers=lesson(5, 2, "Layer = 1"),
@@ -107,13 +107,33 @@ def test_a_package_may_re_export_what_imports_its_siblings() -> None:
     )
 
 
-@pytest.mark.parametrize("room", ["checks", "cli", "nb"])
-def test_lessons_stay_out_of_the_rooms_around_them(room: str) -> None:
-    modules = {"core__a": lesson(1, 1, f"from tutorial_lib.{room} import tool"), f"{room}__tool": ""}
-    (sentence,) = judge(**modules)
-    assert f"core.a (1.1) → {room}.tool (plain) leaves the course" in sentence
-    modules = {"tour": f"from tutorial_lib.{room} import tool\nfrom .core import late", f"{room}__tool": ""}
-    assert not judge(**modules, core__late=lesson(9, 9, ""))
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [("core", "data"), ("data", "interop"), ("train", "runs"), ("tools", "checks"), ("runs", "cli")],
+)
+def test_no_import_goes_up_a_floor_and_every_one_may_go_down(low: str, high: str) -> None:
+    (sentence,) = judge(**{f"{low}__a": f"from tutorial_lib.{high} import tool", f"{high}__tool": ""})
+    assert f"{low}.a (plain) → {high}.tool (plain) goes up, from {low} to {high}" in sentence
+    assert f"tutorial_lib/{low}/a.py" in sentence
+    assert not judge(
+        **{f"{high}__a": f"def f():\n    from tutorial_lib.{low} import tool", f"{low}__tool": ""}
+    )
+
+
+def test_rooms_on_one_floor_do_not_import_each_other() -> None:
+    (sentence,) = judge(cli__a="from tutorial_lib.tour import run", tour__run="")
+    assert "from cli to tour" in sentence
+
+
+def test_a_module_beside_the_folders_has_a_floor_too() -> None:
+    assert not judge(kinds="from tutorial_lib.core import model", core__model="")
+    (sentence,) = judge(kinds="", core__model="from tutorial_lib import kinds")
+    assert "from core to kinds" in sentence
+
+
+def test_a_new_room_is_asked_for_its_floor() -> None:
+    (sentence,) = judge(attic__a="import torch")
+    assert "tutorial_lib/attic/a.py: attic is on no floor" in sentence and "FLOORS" in sentence
 
 
 def test_levels_and_table_show_the_course() -> None:

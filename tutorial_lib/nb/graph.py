@@ -6,7 +6,7 @@ A module that a lesson exports belongs to that lesson, (part, number), which its
 other module is plain. The law:
 
 1. an exported module reaches no later lesson, neither directly nor through plain modules;
-2. an exported module does not reach the rooms built around the course (`checks`, `cli`, `nb`);
+2. no import between folders goes up: the house has floors, see `FLOORS`;
 3. no circle, anywhere.
 
 Imports inside functions and under `TYPE_CHECKING` count as well: they, too, make one idea depend on another.
@@ -23,7 +23,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "tutorial_lib"
-AROUND_THE_COURSE = ("checks", "cli", "nb")
+FLOORS = (
+    ("files", "viz"),
+    ("tools",),
+    ("core",),
+    ("data",),
+    ("moe", "quant"),
+    ("train",),
+    ("serve",),
+    ("sft", "rlhf"),
+    ("kinds",),
+    ("interop",),
+    ("eval",),
+    ("runs",),
+    ("cli", "tour"),
+    ("nb",),
+    ("checks",),
+)
+"""The folders of the package, and the modules beside them, the ground floor first. Rooms on one floor may not import
+each other."""
 ROOT = Path(__file__).resolve().parents[2]
 
 _HEADER = re.compile(r"# Exported from (?P<notebook>\S+\.ipynb)\.(?:\s|$)")
@@ -133,17 +151,13 @@ def _paths(graph: Mapping[str, Module], start: str, plain_only: bool = False) ->
     paths = {start: [start]}
     queue = [start]
     for name in queue:  # the queue grows as we walk: breadth first
-        if plain_only and name != start and (graph[name].lesson or _is_around(name)):
+        if plain_only and name != start and graph[name].lesson:
             continue
         for target in graph[name].imports:
             if target not in paths:
                 paths[target] = [*paths[name], target]
                 queue.append(target)
     return paths
-
-
-def _is_around(name: str) -> bool:
-    return short(name).split(".")[0] in AROUND_THE_COURSE
 
 
 def violations(graph: Mapping[str, Module]) -> list[str]:
@@ -162,12 +176,32 @@ def violations(graph: Mapping[str, Module]) -> list[str]:
                     f"lesson {dotted(module.lesson)} or an earlier one, or let lesson {dotted(later)} "
                     "plug it in as an argument."
                 )
-            elif target != name and _is_around(target):
+    return found + _upward(graph) + _circles(graph)
+
+
+def _upward(graph: Mapping[str, Module]) -> list[str]:
+    """Imports that go up a floor or stay on it, and rooms that are on none."""
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    found = []
+    for name, module in sorted(graph.items()):
+        here = _room(name)
+        if here and here not in floor:
+            found.append(
+                f"{module.path}: {here} is on no floor of the house: give it one in nb/graph.py, FLOORS."
+            )
+        for target in module.imports:
+            there = _room(target)
+            if here != there and floor.get(here, len(FLOORS)) <= floor.get(there, -1):
                 found.append(
-                    f"{module.notebook}: {arrows} leaves the course: a lesson's module may not depend on "
-                    f"{', '.join(AROUND_THE_COURSE)}, so move what it needs to a plain module below it."
+                    f"{module.path}: {module} → {graph[target]} goes up, from {here} to {there}: move what it needs "
+                    f"down into {here} or below, or pass it in."
                 )
-    return found + _circles(graph)
+    return found
+
+
+def _room(name: str) -> str:
+    """The folder of a module, or the module itself where it lies in none; empty for the package."""
+    return short(name).split(".")[0] if name != PACKAGE else ""
 
 
 def _circles(graph: Mapping[str, Module]) -> list[str]:
