@@ -24,7 +24,7 @@ def param_groups(model: nn.Module, lr: float, matrix_lr: float, weight_decay: fl
 
 
 def _variant(
-    inside: Callable[[str, Tensor], bool] = lambda name, p: p.ndim == 2 and name.startswith("blocks."),
+    inside: Callable[[str, Tensor], bool] = lambda name, p: p.ndim >= 2 and name.startswith("blocks."),
     decays: Callable[[str, Tensor], bool] = lambda name, p: p.ndim >= 2,
     once: bool = True,
     frozen: bool = False,
@@ -49,7 +49,7 @@ def in_two_groups(model: nn.Module, lr: float, matrix_lr: float, weight_decay: f
     """The blocks' matrices are in group 0 and again in group 1: an optimizer would refuse them or step them
     twice. Group 1 is what has two dimensions and is not in group 0."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = [p for name, p in trainable if name.startswith("blocks.") and p.ndim == 2]
+    inside = [p for name, p in trainable if name.startswith("blocks.") and p.ndim >= 2]
     return [
         {"params": inside, "lr": matrix_lr, "weight_decay": weight_decay, "muon": True},
         {"params": [p for _, p in trainable if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay}
@@ -194,7 +194,7 @@ A = Exercise(
             _listed,
         ),
         Probe(
-            "a stack of matrices is not one",
+            "a stack of matrices goes with the matrices",
             lambda f: _sort(f, _experts),
             _listed,
             given="the first model, with blocks.0.experts (2, 4, 4)",
@@ -210,7 +210,7 @@ A = Exercise(
     misconceptions=[
         Misconception(
             "every matrix to Muon",
-            _variant(inside=lambda name, p: p.ndim == 2),
+            _variant(inside=lambda name, p: p.ndim >= 2),
             "The embedding and the output layer went to the matrices' group. A table's rows are looked up one by one, "
             "there is no map whose directions could be evened out; only matrices whose name begins with blocks. go there.",
         ),
@@ -218,7 +218,13 @@ A = Exercise(
             "everything in the blocks to Muon",
             _variant(inside=lambda name, p: name.startswith("blocks.")),
             "The blocks' norms and biases went along with their matrices: they have one dimension, and nothing in them can be "
-            "made orthogonal. Ask for two dimensions, too.",
+            "made orthogonal. Ask for two dimensions or more, too.",
+        ),
+        Misconception(
+            "stacks left behind",
+            _variant(inside=lambda name, p: p.ndim == 2 and name.startswith("blocks.")),
+            "A stack of matrices, (E, m, n), went to the tables' group. Each of its E matrices is a map like the others of "
+            "the blocks: ask for two dimensions or more.",
         ),
         Misconception(
             "biases by their name",

@@ -24,13 +24,8 @@ import tutorial_lib.train.checkpoints as module
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.data.shuffle import ShuffledBatches
-from tutorial_lib.train.checkpoints import (
-    CheckpointError,
-    CheckpointFolder,
-    load_tree,
-    read_header,
-    save_tree,
-)
+from tutorial_lib.train.checkpoint_folder import CheckpointFolder
+from tutorial_lib.train.checkpoints import CheckpointError, load_tree, read_header, save_tree
 from tutorial_lib.train.optimizers import build_optimizer
 from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.trainer import DivergedError, Trainer

@@ -29,7 +29,8 @@ from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.eval.perplexity import evaluate
 from tutorial_lib.tools.seeds import seed_everything
-from tutorial_lib.train.checkpoints import CheckpointFolder, load_tree, save_tree
+from tutorial_lib.train.checkpoint_folder import CheckpointFolder
+from tutorial_lib.train.checkpoints import load_tree, save_tree
 from tutorial_lib.train.optimizers import build_optimizer
 from tutorial_lib.train.trainer import Trainer
 from tutorial_lib.train.trees import flatten

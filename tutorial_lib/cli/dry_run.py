@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from rich.table import Table
 
 from tutorial_lib.cli.common import console
@@ -11,7 +12,8 @@ from tutorial_lib.kinds import kind_named
 from tutorial_lib.runs.config import Config, ConfigError, model_config
 from tutorial_lib.runs.inputs import pretrained
 from tutorial_lib.runs.parts import pick_precision
-from tutorial_lib.tools.accounting import count_parameters, flops_per_token, training_memory
+from tutorial_lib.runs.settings import TrainTable
+from tutorial_lib.tools.accounting import ModelShape, count_parameters, flops_per_token, training_memory
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.tools.profiling import measure_roofline, time_call
 from tutorial_lib.train.accumulate import accumulate_gradients
@@ -23,9 +25,11 @@ UTILIZATION = 0.4
 
 
 def report(config: Config) -> None:
-    """Print parameters, FLOPs, memory and an estimate of the time."""
-    import torch
+    """Print parameters, FLOPs, memory and an estimate of the time.
 
+    Raises:
+        ConfigError: if nobody said what this kind of model costs.
+    """
     pretrained(config)  # its shape is what counts
     train, kind = config.train, kind_named(config.model.kind)
     if kind.shape is None:
@@ -35,25 +39,34 @@ def report(config: Config) -> None:
     shape = kind.shape(model_config(config))
     device = pick_device(train.device)
     precision = pick_precision(train.amp, device)
-    parameters = count_parameters(shape)
-    flops = flops_per_token(shape, train.seq_len)
+    flops = flops_per_token(shape, train.seq_len)["training"]
     tokens = train.batch_size * train.seq_len * train.steps
+
+    table = Table(title=f"{config.log.name}: a dry run", show_header=False, title_justify="left")
+    counts = count_parameters(shape)
+    for name, count in counts.items():
+        if count and (name != "active" or count != counts["total"]):
+            table.add_row(f"parameters: {name}", f"{count:,}")
+    table.add_section()
+    table.add_row("tokens", f"{tokens:,} = {train.batch_size} × {train.seq_len} × {train.steps:,} steps")
+    table.add_row("FLOPs per token", f"{flops:,} (forward and backward)")
+    table.add_row("FLOPs in all", f"{flops * tokens:.3g}")
+    table.add_section()
+    _memory(table, train, shape, device, 4 if precision.dtype == torch.float32 else 2)
+    table.add_section()
+    _time(table, config, flops, tokens, device, precision.dtype)
+    console.print(table)
+
+
+def _memory(
+    table: Table, train: TrainTable, shape: ModelShape, device: torch.device, activation_bytes: int
+) -> None:
     rows = train.micro_batch_size or train.batch_size
-    few_bytes = 4 if precision.dtype == torch.float32 else 2
-    memory = training_memory(shape, rows, train.seq_len, activation_bytes=few_bytes)
+    memory = training_memory(shape, rows, train.seq_len, activation_bytes=activation_bytes)
     total = memory.pop("total")
     # When the backward pass begins, beside all that is kept for it: the scores and their gradient, in fp32.
     memory["scores"] = 2 * 4 * rows * train.seq_len * shape.vocab_size
     memory["total"] = total + memory["scores"]
-
-    table = Table(title=f"{config.log.name}: a dry run", show_header=False, title_justify="left")
-    for name, count in parameters.items():
-        table.add_row(f"parameters: {name}", f"{count:,}")
-    table.add_section()
-    table.add_row("tokens", f"{tokens:,} = {train.batch_size} × {train.seq_len} × {train.steps:,} steps")
-    table.add_row("FLOPs per token", f"{flops['training']:,} (forward and backward)")
-    table.add_row("FLOPs in all", f"{flops['training'] * tokens:.3g}")
-    table.add_section()
     for name, size in memory.items():
         note = f" ({rows} rows at once, estimated)" if name == "activations" else ""
         table.add_row(f"memory: {name}", f"{size / 2**20:,.0f} MiB{note}")
@@ -67,19 +80,20 @@ def report(config: Config) -> None:
         table.add_row("", f"[bold]more than this machine's {here / 2**20:,.0f} MiB[/]: it takes {advice}")
     if train.activation_checkpointing:
         table.add_row("", "activation checkpointing keeps a fraction of the activations")
-    table.add_section()
-    peak = measure_roofline(device, precision.dtype).flops_per_second
-    table.add_row("peak, measured", f"{peak / 1e12:.3g} TFLOP/s in {str(precision.dtype)[6:]} on {device}")
-    per_second, how = _tokens_per_second(config, flops["training"], peak)
-    seconds = tokens / per_second
+
+
+def _time(
+    table: Table, config: Config, flops: int, tokens: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    peak = measure_roofline(device, dtype).flops_per_second
+    table.add_row("peak, measured", f"{peak / 1e12:.3g} TFLOP/s in {str(dtype)[6:]} on {device}")
+    per_second, how = _tokens_per_second(config, flops, peak)
+    seconds, most = tokens / per_second, config.train.max_seconds
     table.add_row("speed", f"{per_second:,.0f} tokens/s, {how}")
     table.add_row("time", f"{_duration(seconds)} on one device")
-    if train.max_seconds is not None and train.max_seconds < seconds:
-        share = train.max_seconds / seconds
-        table.add_row(
-            "", f"train.max_seconds {train.max_seconds:g} ends it after about {share:.0%} of the steps"
-        )
-    console.print(table)
+    if most is not None and most < seconds:
+        share = most / seconds
+        table.add_row("", f"train.max_seconds {most:g} ends it after about {share:.0%} of the steps")
 
 
 def _machine_memory() -> int | None:
@@ -91,8 +105,6 @@ def _machine_memory() -> int | None:
 
 def _tokens_per_second(config: Config, flops_per_token: float, peak: float) -> tuple[float, str]:
     """Measured on a micro-batch of random tokens, if that is quick; else from the peak."""
-    import torch
-
     train = config.train
     rows = train.micro_batch_size or train.batch_size
     rate = peak * UTILIZATION / flops_per_token

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -91,16 +91,10 @@ def evaluate(
             raise ValueError(f"{data or 'the text'} was written with another tokenizer than the model's")
         run = found.about.get("run", {})
         starts = [] if run else found.starts  # a run of ours reads its text from anywhere
-        T = seq_len or run.get("train", {}).get("seq_len")
-        longest = found.model.config.max_seq_len - len(starts)
-        T = T or min(LONGEST, longest)
-        if T < 1 or batch_size < 1:
-            raise ValueError(f"--seq-len is {T} and --batch-size {batch_size}, but both must be at least 1")
+        T = _window(found, seq_len or run.get("train", {}).get("seq_len"), len(starts))
+        if batch_size < 1:
+            raise ValueError(f"--batch-size is {batch_size}, but must be at least 1")
         check_fits(tokens, T, "evaluate on")
-        if T > longest and found.model.positions is not None:
-            raise ValueError(f"--seq-len is {T:,}, but the model has positions for {longest:,} tokens only")
-        if T > longest:
-            speak(f"note: the model was trained on {longest:,} tokens, not on {T:,}")
         ratio = source.bytes_per_token(tokens)
         with pick_precision(amp, pick_device(device)).autocast():
             score = measure(
@@ -111,7 +105,6 @@ def evaluate(
                 max_windows,
                 ratio,
             )
-        per_byte = score.loss / ratio
         result = {
             "split": split,
             "tokens": score.tokens,
@@ -119,20 +112,41 @@ def evaluate(
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
             "bytes_per_token": ratio,
-            "byte_perplexity": math.exp(per_byte),
+            "byte_perplexity": math.exp(score.loss / ratio),
         }
         if as_json:
             print(json.dumps({"ckpt": named(model), **result}))
             return
         if max_windows is not None:
             speak(f"{score.tokens:,} of {len(tokens):,} tokens")
-        print(f"{split}: {score.tokens:,} tokens in windows of {T}, {ratio:.3f} bytes each")
-        print(f"  loss             {score.loss:8.4f}  nats per token")
-        print(f"  perplexity       {score.perplexity:8.3f}  per token")
-        print("  normalized by length, comparable between tokenizers:")
-        print(f"  bits per byte    {score.bits_per_byte:8.4f}")
-        print(f"  loss per byte    {per_byte:8.4f}  nats")
-        print(f"  byte perplexity  {math.exp(per_byte):8.3f}")
+        _show(result, T)
+
+
+def _window(found: Pretrained, asked: int | None, starts: int) -> int:
+    """How many tokens of the text are in a window, before which so many others stand."""
+    longest = found.model.config.max_seq_len - starts
+    T = asked or min(LONGEST, longest)
+    if T < 1:
+        raise ValueError(f"--seq-len is {T}, but must be at least 1")
+    if T > longest and getattr(found.model, "positions", None) is not None:
+        raise ValueError(f"--seq-len is {T:,}, but the model has positions for {longest:,} tokens only")
+    if T > longest:
+        speak(f"note: the model was trained on {longest:,} tokens, not on {T:,}")
+    return T
+
+
+def _show(result: dict[str, Any], seq_len: int) -> None:
+    print(
+        "{split}: {tokens:,} tokens in windows of {T}, {bytes_per_token:.3f} bytes each".format(
+            **result, T=seq_len
+        )
+    )
+    print(f"  loss             {result['loss']:8.4f}  nats per token")
+    print(f"  perplexity       {result['perplexity']:8.3f}  per token")
+    print("  normalized by length, comparable between tokenizers:")
+    print(f"  bits per byte    {result['bits_per_byte']:8.4f}")
+    print(f"  loss per byte    {math.log(result['byte_perplexity']):8.4f}  nats")
+    print(f"  byte perplexity  {result['byte_perplexity']:8.3f}")
 
 
 if __name__ == "__main__":

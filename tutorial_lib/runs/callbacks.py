@@ -15,7 +15,7 @@ from torch import nn
 from tutorial_lib.core.sampler import generate
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.eval.held_out import held_out
-from tutorial_lib.train.checkpoints import CheckpointFolder
+from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main
 from tutorial_lib.train.loggers import Logger
 from tutorial_lib.train.loop import StepInfo

@@ -23,7 +23,7 @@ from yaml import YAMLError
 
 from tutorial_lib.core.kernels import KERNELS
 from tutorial_lib.kinds import kind_named
-from tutorial_lib.runs.settings import Config, ModelTable, tables
+from tutorial_lib.runs.settings import Config, LogTable, ModelTable, TrainTable, tables
 from tutorial_lib.train.optimizers import KINDS
 from tutorial_lib.train.schedules import SCHEDULES
 
@@ -151,7 +151,14 @@ def _first_line(error: Exception) -> str:
 
 def _check(config: Config) -> None:
     """What types cannot say."""
-    train, data, log = config.train, config.data, config.log
+    _check_train(config.train)
+    if not 0 < config.data.val_fraction < 1:
+        raise ConfigError(f"data.val_fraction is {config.data.val_fraction}, but must lie between 0 and 1")
+    _check_log(config.log)
+    _check_model(config)
+
+
+def _check_train(train: TrainTable) -> None:
     at_least_one = ("batch_size", "micro_batch_size", "seq_len", "steps", "eval_every", "eval_windows")
     for name in (*at_least_one, "patience", "save_every", "keep_last"):
         if (value := getattr(train, name)) is not None and value < 1:
@@ -182,21 +189,21 @@ def _check(config: Config) -> None:
         _one_of("train.amp", train.amp, ("bf16", "fp16"))
     if train.zero_stage not in (1, 2, 3):
         raise ConfigError(f"train.zero_stage is {train.zero_stage}, but must be 1, 2 or 3")
-    if not 0 < data.val_fraction < 1:
-        raise ConfigError(f"data.val_fraction is {data.val_fraction}, but must lie between 0 and 1")
-    if log.trace_at is not None and log.trace_at < 3:
-        raise ConfigError(f"log.trace_at is {log.trace_at}, but the first step that can be traced is 3")
-    if log.every < 1:
-        raise ConfigError(f"log.every is {log.every}, but must be at least 1")
-    if log.name is not None and (Path(log.name).name != log.name or log.name in ("", ".", "..")):
-        raise ConfigError(f"log.name is {log.name!r}, but must be the plain name of a folder in log.dir")
     if train.parallel in ("fsdp", "deepspeed"):
         for name, off in (("optimizer", "adamw"), ("ema", None)):
             if getattr(train, name) != off:
                 raise ConfigError(
                     f"train.parallel={train.parallel} does not go with train.{name}={getattr(train, name)}: use ddp"
                 )
-    _check_model(config)
+
+
+def _check_log(log: LogTable) -> None:
+    if log.trace_at is not None and log.trace_at < 3:
+        raise ConfigError(f"log.trace_at is {log.trace_at}, but the first step that can be traced is 3")
+    if log.every < 1:
+        raise ConfigError(f"log.every is {log.every}, but must be at least 1")
+    if log.name is not None and (Path(log.name).name != log.name or log.name in ("", ".", "..")):
+        raise ConfigError(f"log.name is {log.name!r}, but must be the plain name of a folder in log.dir")
 
 
 def _check_model(config: Config) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tutorial_lib.runs.config import ConfigError
-from tutorial_lib.train.checkpoints import CheckpointFolder
+from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.distributed import is_main
 
 __all__ = ["check_free", "locked"]

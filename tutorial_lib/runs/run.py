@@ -28,7 +28,7 @@ from tutorial_lib.runs.folder import check_free, locked
 from tutorial_lib.runs.settings import LogTable
 from tutorial_lib.runs.terminal import Show, Stop
 from tutorial_lib.tools.devices import pick_device
-from tutorial_lib.train.checkpoints import CheckpointFolder
+from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main, start, unwrap
 from tutorial_lib.train.loggers import CSVLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from tutorial_lib.train.loop import Callback, StepInfo

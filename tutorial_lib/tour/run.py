@@ -25,7 +25,7 @@ from tutorial_lib.interop.checkpoint import load_model, model_header, save_model
 from tutorial_lib.runs.callbacks import Evaluate, Sample, Save, shares, write_on
 from tutorial_lib.runs.terminal import Show, Stop, printable
 from tutorial_lib.tour.recipes import Recipe
-from tutorial_lib.train.checkpoints import CheckpointFolder
+from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.loggers import Logger
 from tutorial_lib.train.loop import StepInfo
 from tutorial_lib.train.trainer import Trainer

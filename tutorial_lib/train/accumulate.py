@@ -62,7 +62,7 @@ def accumulate_gradients(
         )
     means: dict[str, Tensor] = {}
     for i, batch in enumerate(micro_batches):
-        batch = tuple(part.to(device, non_blocking=True) for part in batch)
+        batch = _moved(batch, device)
         with gradient_sync(model, enabled=i == len(micro_batches) - 1):
             with precision.autocast():
                 loss, metrics = objective.loss(model, batch)
@@ -72,3 +72,12 @@ def accumulate_gradients(
         for name, total in {"loss": loss, **metrics}.items():
             means[name] = means.get(name, 0.0) + total.detach().float() / count
     return dict(zip(means, all_sum(torch.stack(list(means.values()))), strict=True))
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device. A GPU copies pinned memory while it computes; for any other, it is waited for first."""
+    pins = device.type == "cuda"
+    return tuple(
+        (part.pin_memory() if pins and not part.is_cuda else part).to(device, non_blocking=True)
+        for part in batch
+    )
