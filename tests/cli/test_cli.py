@@ -275,7 +275,7 @@ def test_every_command_is_a_module_too(home, name):
 @pytest.mark.parametrize("name", ["tiny", "base"])
 def test_our_configurations_load(name):
     config = load_config(ROOT / "configs" / f"{name}.yaml")
-    assert config.model.vocab_size == {"tiny": 256, "base": 50257}[name]
+    assert config.model.vocab_size == {"tiny": 256, "base": 50304}[name]
     changed = load_config(
         ROOT / "configs/base.yaml", ["train.lr=2e-4", "train.batch_size=64", "model.rope=true"]
     )

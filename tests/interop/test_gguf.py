@@ -496,7 +496,8 @@ def test_it_is_transformers_smollm2(path, model, tokenizer, their_gguf):
         # What they score before and behind our words, all at once: the same as their own writing, up to the first
         # difference.
         scores, n = theirs(torch.cat([ids, written], dim=1)).logits, ids.shape[1]
-        torch.testing.assert_close(model(ids), scores[:, :n], atol=1e-4, rtol=0)
+        # Scores of about 20, sums in another order: 0.0 apart on one processor, 1.6e-4 on another.
+        torch.testing.assert_close(model(ids), scores[:, :n], atol=1e-3, rtol=0)
         scores = scores[0, n - 1 : -1]
         best, chosen = scores.topk(2).values, scores.argmax(-1)
         steps = 0

@@ -1,4 +1,4 @@
-"""Evaluation: the same number however it is batched; splits without leaks; early stopping by its definition."""
+"""Evaluation on text: the same number however it is batched, and comparable between tokenizers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.data.datasets import TokenWindows
-from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.eval.perplexity import Evaluation, evaluate
-from tutorial_lib.train.stopping import EarlyStopping
 
-few = settings(max_examples=100, deadline=None)
 T = 8
 
 
@@ -45,9 +40,6 @@ def direct(model: nn.Module, tokens: np.ndarray, windows: list[int]) -> float:
         log_probs = model(window[None, :-1])[0].double().log_softmax(-1)
         losses += [-log_probs[t, window[t + 1]].item() for t in range(T)]
     return sum(losses) / len(losses)
-
-
-# ── evaluate ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_equals_the_loss_computed_label_by_label(model, tokens):
@@ -148,87 +140,3 @@ def test_an_evaluation_cannot_be_changed():
     found = Evaluation(1.0, math.e, 1.44, 8)
     with pytest.raises(AttributeError):
         found.loss = 0.0  # type: ignore[misc]
-
-
-# ── split_train_val ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@few
-@given(st.integers(0, 2000), st.floats(0.001, 0.999))
-def test_a_split_is_one_cut(n, fraction):
-    tokens = np.arange(n)
-    train, val = split_train_val(tokens, fraction)
-    assert np.array_equal(np.concatenate([train, val]), tokens), "nothing lost, nothing moved, nothing twice"
-    assert len(val) == int(n * fraction)
-    assert not len(train) or np.shares_memory(train, tokens), "views, so a memory map stays one"
-
-
-@few
-@given(st.integers(200, 2000), st.integers(1, 20))
-def test_no_window_of_one_part_touches_the_other(n, seq_len):
-    train, val = split_train_val(np.arange(n))
-    seen = {int(x) for w in TokenWindows(train, seq_len, stride=1) for part in w for x in part}
-    held_out = {int(x) for w in TokenWindows(val, min(seq_len, len(val) - 1)) for part in w for x in part}
-    assert held_out and not seen & held_out
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, math.nan])
-def test_a_fraction_that_leaves_a_part_empty(fraction):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        split_train_val(np.arange(10), fraction)
-
-
-# ── EarlyStopping ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def specification(losses: list[float], patience: int, min_delta: float) -> tuple[list[bool], list[bool]]:
-    """Which losses improve, and after which it says stop: from the whole history, each time anew."""
-    improvements: list[int] = []
-    for i, loss in enumerate(losses):
-        to_beat = losses[improvements[-1]] if improvements else math.inf
-        if loss < to_beat - min_delta:
-            improvements.append(i)
-    improved = [i in improvements for i in range(len(losses))]
-    stop = [i + 1 >= patience and not any(improved[i + 1 - patience : i + 1]) for i in range(len(losses))]
-    return improved, stop
-
-
-some_losses = st.lists(
-    st.one_of(st.integers(-20, 20).map(lambda x: x / 8), st.just(math.nan), st.just(math.inf)), max_size=30
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(some_losses, st.integers(1, 6), st.sampled_from([0.0, 0.125, 0.5, 1.0]))
-def test_early_stopping_is_its_specification(losses, patience, min_delta):
-    stopping = EarlyStopping(patience, min_delta)
-    improved, stop = specification(losses, patience, min_delta)
-    for i, loss in enumerate(losses):
-        assert stopping.update(loss) == stop[i]
-        assert stopping.improved == improved[i]
-    best = [loss for loss, better in zip(losses, improved, strict=True) if better]
-    assert stopping.best == (best[-1] if best else math.inf)
-
-
-def test_small_gains_add_up():
-    stopping = EarlyStopping(patience=5, min_delta=0.25)
-    seen = []
-    for i in range(12):
-        stopping.update(3.0 - 0.125 * i)
-        seen.append(stopping.improved)
-    assert seen == [i % 3 == 0 for i in range(12)], "best moves when it is beaten by more than min_delta"
-
-
-def test_nan_neither_improves_nor_sticks():
-    stopping = EarlyStopping(patience=2)
-    assert not stopping.update(math.nan)
-    assert not stopping.update(2.0) and stopping.improved
-    assert not stopping.update(math.nan)
-    assert stopping.update(math.nan)
-    assert stopping.best == 2.0
-
-
-@pytest.mark.parametrize("patience", [0, -3])
-def test_no_patience_at_all(patience):
-    with pytest.raises(ValueError, match="at least one bad evaluation"):
-        EarlyStopping(patience)
