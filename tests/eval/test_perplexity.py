@@ -7,12 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.data.datasets import TokenWindows
 from tutorial_lib.eval.perplexity import Evaluation, evaluate
 
+few = settings(max_examples=100, deadline=None)
 T = 8
 
 
