@@ -52,9 +52,10 @@ def test_notebooks_are_whole_and_small(path):
 
 
 @each_notebook
-def test_one_path_three_trees(path):
+def test_one_path_four_trees(path):
     tail = Path(*path.relative_to(ROOT).parts[1:])
     assert all((ROOT / tree / tail).is_file() for tree in ("chapters", "solutions", "exercises"))
+    assert (ROOT / "grading" / tail).with_suffix(".py").is_file()
 
 
 def test_no_trace_of_a_machine():
