@@ -3,7 +3,7 @@
     make bench        # or: python benchmarks/pretrained.py --tokens 64 --rounds 9
 
 Each runs in a process of its own, fp32, batch 1, greedy; they take turns, so that a busy machine slows both. Ours is
-as `llm-scratch chat` has it: the class of lesson 3.6, its matrices laid out for writing (`serve.layout`). Not a test:
+as `llm-scratch chat` has it: the class of lesson 3.6, its matrices laid out for writing (`interop.layout`). Not a test:
 figures of time belong to one machine.
 """
 
