@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.swiglu import gated_width
 from tutorial_lib.tools.accounting import ModelShape
 
-__all__ = ["KINDS", "Kind", "kind_named", "kind_of", "register"]
+__all__ = ["KINDS", "Kind", "grow", "kind_named", "kind_of", "register"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,14 @@ class Kind:
         return self.model(self.config(**settings))
 
     def outline(self, config: Any) -> nn.Module:
-        """The model without its weights: every parameter has its shape, and none has memory."""
-        with _Outline():
-            return self.model(config)
+        """The model without its weights: every parameter has its shape, and none has memory, if it can be made so."""
+        try:
+            with _Outline():
+                return self.model(config)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            return self.model(config)  # its constructor looks at numbers
 
 
 class _Outline(TorchFunctionMode):
@@ -120,6 +125,10 @@ def kind_of(model: nn.Module) -> Kind:
     Raises:
         ValueError: if it is of no kind that is known, or has other weights than its configuration speaks of.
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            f"this is torch.compile's wrapper around a {type(model._orig_mod).__name__}: hand over the model itself"
+        )
     name = type(model).__name__
     kind = KINDS.get(name)
     if kind is None or kind.model is not type(model):
@@ -135,6 +144,28 @@ def kind_of(model: nn.Module) -> Kind:
             "experts or int8 say, it is a kind of its own"
         )
     return kind
+
+
+def grow(model: nn.Module, kind: Kind, **settings: Any) -> nn.Module:
+    """A model of a kind that extends this one's, with its weights: a reward model from a language model, say.
+
+    Args:
+        kind: Of the new one; its configuration has the old one's fields.
+        settings: Of the new one, where they differ or were not there.
+
+    Raises:
+        ValueError: if a weight of the old one has no place in the new one, or another shape there.
+    """
+    new = kind.build({**asdict(model.config), **settings})
+    own = new.state_dict()
+    for name, weight in model.state_dict().items():
+        if name not in own or own[name].shape != weight.shape:
+            found = f"has shape {tuple(own[name].shape)}" if name in own else "is not there"
+            raise ValueError(
+                f"a {kind.name} cannot take over {name} {tuple(weight.shape)} of a {type(model).__name__}: there it {found}"
+            )
+    new.load_state_dict(model.state_dict(), strict=False)  # what is new in it stays fresh
+    return new
 
 
 def _gpt_shape(config: GPTConfig) -> ModelShape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,9 @@ from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.shuffle import ShuffledBatches
 from tutorial_lib.eval.held_out import held_out
 from tutorial_lib.interop.checkpoint import load_model, model_header, save_model
-from tutorial_lib.kinds import KINDS, kind_named, kind_of, register
+from tutorial_lib.kinds import KINDS, grow, kind_named, kind_of, register
 from tutorial_lib.runs.callbacks import judged
-from tutorial_lib.runs.config import ConfigError, load_config, model_config
+from tutorial_lib.runs.config import Config, ConfigError, load_config, model_config
 from tutorial_lib.runs.parts import make_trainer
 from tutorial_lib.runs.pretrain import pretrain
 from tutorial_lib.runs.run import Start, Work, carry_out
@@ -37,7 +37,7 @@ from tutorial_lib.train.compiled import Compiled
 from tutorial_lib.train.losses import lm_loss
 from tutorial_lib.train.objective import Batch, NextToken
 from tutorial_lib.train.optim import decay_groups
-from tutorial_lib.train.trainer import Trainer
+from tutorial_lib.train.trainer import DivergedError, Trainer
 
 # --- a toy mixture of experts -------------------------------------------------------------------------------
 
@@ -270,10 +270,11 @@ def balanced(config, start: Start) -> Work:
             rows = ids[torch.as_tensor(indices)]
             return rows[:, :-1], rows[:, 1:]
 
-    held = [(ids[:, :-1], ids[:, 1:])]
+    rows = [(ids[:, :-1], ids[:, 1:])]
     batches = ShuffledBatches(Rows(), config.train.batch_size, seed=1)
     trainer = make_trainer(config, model, Balanced(), batches)
-    return Work(trainer, model_header(model, {"tokenizer": "byte"}), lambda: held)
+    header = model_header(model, {"tokenizer": "byte"})
+    return Work(trainer, header, lambda judged: held_out(judged, rows, trainer.objective))
 
 
 def test_a_penalty_is_learned_and_logged_and_does_not_pollute_the_loss(home):
@@ -285,7 +286,7 @@ def test_a_penalty_is_learned_and_logged_and_does_not_pollute_the_loss(home):
     assert all(float(row["z_loss"]) > 0 for row in steps) and all(
         float(row["val_z_loss"]) > 0 for row in looks
     )
-    assert outcome.last.metrics.keys() == {"z_loss"}
+    assert outcome.last.metrics.keys() == {"objective", "z_loss"}
     model, _ = load_model(home / "runs/toy/step_00000008.ckpt")
     ids = torch.randint(64, (9, 17), generator=torch.Generator().manual_seed(3))
     plain = lm_loss(model(ids[:, :-1]), ids[:, 1:]).item()
@@ -300,9 +301,8 @@ def scorer_run(config, start: Start) -> Work:
     model = ToyScorer(model_config(config))
     batches = ShuffledBatches(Pairs(48), config.train.batch_size, seed=2)
     trainer = make_trainer(config, model, Preference(), batches)
-    return Work(
-        trainer, model_header(model, {"tokenizer": "byte"}), lambda: iter([Pairs(40).batch(range(40))])
-    )
+    header, held = model_header(model, {"tokenizer": "byte"}), [Pairs(40).batch(range(40))]
+    return Work(trainer, header, lambda judged: held_out(judged, held, trainer.objective))
 
 
 SCORER = {
@@ -345,6 +345,120 @@ def test_a_model_that_only_scores_is_not_asked_to_write(home):
         assert result.exit_code == 2 and "ToyScorer, which gives no scores for next tokens" in result.stderr
     result = CliRunner().invoke(app, ["export", "x.gguf", "--model", "runs/scorer/latest.ckpt"])
     assert result.exit_code == 2 and not (home / "x.gguf").exists()
+
+
+@dataclass
+class ScoreTable:
+    """What a run of another sort may set."""
+
+    bonus: float = 0.5
+    """Added to every score."""
+
+
+@dataclass
+class ScorerRunConfig(Config):
+    """A run with a table more."""
+
+    score: ScoreTable = field(default_factory=ScoreTable)
+
+
+def test_a_run_of_another_sort_has_a_table_of_its_own(home):
+    config = load_config(config_file(home), ["score.bonus=2", "train.steps=3"], ScorerRunConfig)
+    assert type(config) is ScorerRunConfig and (config.score.bonus, config.train.steps) == (2.0, 3)
+    assert config.as_dict()["score"] == {"bonus": 2.0}
+    for override, said in (
+        ("score.bonu=1", "did you mean 'score.bonus'"),
+        ("score.bonus=x", "score.bonus is 'x'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(None, [override], ScorerRunConfig)
+    with pytest.raises(ConfigError, match="no setting 'score.bonus'"):
+        load_config(None, ["score.bonus=1"])
+
+
+class Controller:
+    """Something with a state that the rest of a run depends on: it counts the steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, info) -> None:
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+
+def test_what_else_has_a_state_is_saved_and_given_back_and_may_judge_by_its_own_score(home):
+    controllers = []
+
+    def prepare(config, start: Start) -> Work:
+        work, controller = scorer_run(config, start), Controller()
+        controllers.append(controller)
+        work.callbacks, work.also = (controller,), {"controller": controller}
+        work.look = lambda judged: {"loss": -float(controller.steps), "gold": 1.0}
+        return work
+
+    config = scorer_config(home)
+    outcome = carry_out(config, prepare)
+    assert (outcome.best, outcome.val_loss) == (-60, -60) and rows_of(home / "runs/scorer")[-1][
+        "val_gold"
+    ] == "1.0"
+    (home / "runs/scorer/step_00000060.ckpt").unlink()
+    carry_out(config, prepare, resume=True)
+    assert [controller.steps for controller in controllers] == [60, 60]
+
+
+def test_a_model_grows_a_head_and_keeps_the_rest():
+    torch.manual_seed(0)
+    base = Transformer(ModelConfig(20, 8, 16, 2, n_layers=1))
+    scorer = grow(base, kind_named("ToyScorer"))
+    assert type(scorer) is ToyScorer and scorer.config == base.config
+    for name, weight in base.state_dict().items():
+        assert torch.equal(scorer.state_dict()[name], weight), name
+    with pytest.raises(
+        ValueError, match="a ToyMoE cannot take over blocks.0.mlp.* of a Transformer: there it is not there"
+    ):
+        grow(base, kind_named("ToyMoE"), n_experts=2)
+    with pytest.raises(ValueError, match=r"tokens.weight \(20, 16\) .* there it has shape \(21, 16\)"):
+        grow(base, kind_named("ToyScorer"), vocab_size=21)
+
+
+def test_a_run_whose_batches_end_is_judged_and_saved_and_was_not_stopped(home):
+    def prepare(config, start: Start) -> Work:
+        work = scorer_run(config, start)
+        work.trainer.batches = [Pairs(8).batch(range(8))] * 7
+        return work
+
+    outcome = carry_out(scorer_config(home), prepare)
+    assert outcome.last.step == 7 and not outcome.stopped_early and outcome.val_loss is not None
+    assert (home / "runs/scorer/best.ckpt").is_file()
+
+
+def test_a_run_does_not_begin_with_another_kind_than_it_asks_for(home):
+    pretrain(load_config(config_file(home)))
+    with pytest.raises(ConfigError, match="model.kind is GPT, but train.init_from .* is a ToyMoE"):
+        pretrain(load_config(None, ["train.init_from=runs/toy/latest.ckpt", "model.kind=GPT", "data.dataset=text.txt",
+                                    "train.seq_len=16", "train.device=cpu", "log.name=other"]))  # fmt: skip
+    outcome = pretrain(load_config(None, ["train.init_from=runs/toy/latest.ckpt", "data.dataset=text.txt", "log.name=on",
+                                          "train.seq_len=16", "train.device=cpu", "train.steps=1", "train.warmup_steps=0",
+                                          "log.tensorboard=false"]))  # fmt: skip
+    assert type(load_model(outcome.folder / "latest.ckpt")[0]) is ToyMoE
+
+
+def test_a_penalty_that_is_no_number_ends_the_run_before_anything_is_saved():
+    class Broken(NextToken):
+        def loss(self, model, batch):
+            plain, _ = super().loss(model, batch)
+            return plain * float("nan"), {"loss": plain}
+
+    trainer, told = toy_trainer(Broken(), [four(4, 0)[:2]]), []
+    with pytest.raises(DivergedError):
+        trainer.run([told.append])
+    assert not told
 
 
 # --- objectives ---------------------------------------------------------------------------------------------

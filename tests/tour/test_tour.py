@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +55,12 @@ def test_a_short_tour_learns_and_leaves_everything(tmp_path, text, capsys):
 
     assert write_on(model, ByteTokenizer(), "**JULIET**", n=20).startswith("**JULIET**")
     assert "bits per byte" in capsys.readouterr().out
+    code = html.unescape(re.search(r"<pre class=code>(.*?)</pre>", report, re.S)[1])
+    exec(code, {})  # what the report says about using the model
+    assert capsys.readouterr().out.startswith("**ROMEO**")
+    assert main(["--seconds", "1", "--dataset", text, "--out", str(tmp_path)]) == 0, (
+        "a second tour takes its place"
+    )
 
 
 @pytest.mark.slow
@@ -75,6 +83,15 @@ def test_ctrl_c_leaves_a_usable_checkpoint(tmp_path, text):
     assert torch.isfinite(model(torch.zeros(1, 8, dtype=torch.long))).all()
     assert (tmp_path / "report.html").exists()
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("file", ["step_00000010.ckpt", "best.ckpt", "latest.ckpt"])
+def test_a_run_of_somebody_else_is_left_alone(tmp_path, text, file, capsys):
+    (tmp_path / file).write_bytes(b"weights")
+    (tmp_path / "result.json").write_text("{}", encoding="utf-8")
+    assert main(["--seconds", "1", "--dataset", text, "--out", str(tmp_path)]) == 1
+    assert "holds a run that is no tour" in capsys.readouterr().out
+    assert (tmp_path / file).read_bytes() == b"weights"
 
 
 def test_errors_are_one_sentence(tmp_path, capsys):

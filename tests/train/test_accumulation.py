@@ -131,7 +131,44 @@ def test_another_objective_plugs_in_and_reports_its_plain_loss():
     torch.testing.assert_close(means["loss"], wanted_loss)
     accuracy = (model(inputs).argmax(-1) == labels).float().mean()
     torch.testing.assert_close(means["accuracy"], accuracy)
-    assert list(means) == ["loss", "accuracy"]
+    assert list(means) == ["objective", "loss", "accuracy"]
+    torch.testing.assert_close(means["objective"], 3 * wanted_loss)
+
+
+class PerRow(NextToken):
+    """The loss counts labels; two metrics count rows, and only those that end in an even token."""
+
+    def loss(self, model, batch):
+        plain, _ = super().loss(model, batch)
+        even = batch[1][:, -1] % 2 == 0
+        return plain, {
+            "rows": (even.new_ones(len(even)).sum(), len(even)),
+            "last": (batch[1][even, -1].sum(), even.sum()),
+        }
+
+
+@pytest.mark.parametrize("size", [1, 3, None])
+def test_a_metric_with_a_count_of_its_own_is_a_mean_over_that(size):
+    model, (inputs, labels) = build(), draw(8)
+    means = accumulate_gradients(model, split_batch((inputs, labels), size), objective=PerRow())
+    last = labels[:, -1][labels[:, -1] % 2 == 0].float()
+    assert means["rows"] == 1 and 0 < len(last) < 8
+    torch.testing.assert_close(means["last"], last.mean())
+
+
+def test_a_metric_that_is_not_one_number_is_named():
+    class Vector(NextToken):
+        def loss(self, model, batch):
+            return super().loss(model, batch)[0], {"load": torch.zeros(4)}
+
+    with pytest.raises(ValueError, match=r"metric 'load' has shape \(4,\)"):
+        accumulate_gradients(build(), [draw()], objective=Vector())
+
+
+def test_a_process_without_rows_takes_part_with_none():
+    inputs, labels = draw()
+    assert [len(x) for x, _ in split_batch((inputs[:0], labels[:0]))] == [0]
+    assert [len(x) for x, _ in split_batch((inputs[:0], labels[:0]), 2)] == [0]
 
 
 def test_nothing_to_learn_from_is_an_error_and_touches_nothing():

@@ -19,7 +19,7 @@ from tutorial_lib.train.loop import TrainConfig, make_optimizer, train
 from tutorial_lib.train.losses import lm_loss
 from tutorial_lib.train.muon import Muon
 from tutorial_lib.train.optim import AdamW
-from tutorial_lib.train.optimizers import KINDS, build_optimizer
+from tutorial_lib.train.optimizers import OPTIMIZERS, build_optimizer
 from tutorial_lib.train.sched import warmup_cosine
 from tutorial_lib.train.schedules import SCHEDULES, constant, linear, range_test, wsd
 
@@ -235,7 +235,7 @@ def _frozen(model):
 
 
 @each_model
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_trainable_parameter_is_in_exactly_one_group(make, kind):
     model = make()
     groups = build_optimizer(model, kind).param_groups
@@ -244,7 +244,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(make, kind):
 
 
 @each_model
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_what_decays_and_at_which_rate(make, kind):
     model = make()
     optimizer = build_optimizer(model, kind, lr=0.003, weight_decay=0.25, matrix_lr=0.02)
@@ -263,7 +263,7 @@ def test_matrix_lr_defaults_to_lr():
     assert {group["lr"] for group in build_optimizer(tiny(), "muon", lr=0.007).param_groups} == {0.007}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_betas_and_momentum_reach_the_optimizer(kind):
     optimizer = build_optimizer(tiny(), kind, betas=(0.7, 0.8), momentum=0.6)
     assert all(group["betas"] == (0.7, 0.8) for group in optimizer.param_groups)
@@ -309,7 +309,7 @@ def test_muon_is_torchs_muon_with_adamw_beside_it():
         assert (a - b).norm() < 0.02 * (a - before).norm()  # torch's Muon iterates in bf16
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_every_optimizer_learns(kind):
     model, (inputs, labels) = tiny(), next(forever())
     optimizer = build_optimizer(model, kind, lr=0.01)

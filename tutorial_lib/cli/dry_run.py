@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tutorial_lib.cli.common import console
 from tutorial_lib.kinds import kind_named
-from tutorial_lib.runs.config import Config, ConfigError, model_config
+from tutorial_lib.runs.config import Config, ConfigError, model_config, new_model
 from tutorial_lib.runs.inputs import pretrained
 from tutorial_lib.runs.parts import pick_precision
 from tutorial_lib.runs.settings import TrainTable
@@ -108,11 +108,13 @@ def _tokens_per_second(config: Config, flops_per_token: float, peak: float) -> t
     train = config.train
     rows = train.micro_batch_size or train.batch_size
     rate = peak * UTILIZATION / flops_per_token
+    if not kind_named(config.model.kind).writes:
+        return rate, f"at {UTILIZATION:.0%} of the peak (a guess: it is not trained on plain text)"
     if rows * train.seq_len / rate > 5:
         return rate, f"at {UTILIZATION:.0%} of the peak (a guess: a micro-batch takes too long to try)"
     device = pick_device(train.device)
     try:
-        model = kind_named(config.model.kind).model(model_config(config)).to(device)
+        model = new_model(config).to(device)
         ids = torch.randint(config.model.vocab_size, (rows, train.seq_len + 1))
         pieces = [(ids[:, :-1], ids[:, 1:])]
         precision = pick_precision(train.amp, device)

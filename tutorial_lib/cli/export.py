@@ -10,7 +10,7 @@ import typer
 from tutorial_lib.cli.common import run_alone, sentences
 from tutorial_lib.cli.models import Model, open_model
 from tutorial_lib.core.model import Transformer
-from tutorial_lib.interop.gguf import KINDS, save_gguf
+from tutorial_lib.interop.gguf import FORMATS, save_gguf
 from tutorial_lib.interop.hf import save_hf
 from tutorial_lib.interop.pretrained import DTYPES
 from tutorial_lib.serve.template import PLAIN
@@ -24,7 +24,7 @@ def export(
     kind: Annotated[
         str | None,
         typer.Option(
-            help=f"The numbers: {', '.join(KINDS)} in GGUF; fp32, bf16 or fp16 in a folder.",
+            help=f"The numbers: {', '.join(FORMATS)} in GGUF; fp32, bf16 or fp16 in a folder.",
             show_default=False,
         ),
     ] = None,
@@ -35,7 +35,7 @@ def export(
     """
     with sentences():
         to_gguf = out.suffix.lower() == ".gguf"
-        kinds = KINDS if to_gguf else ("fp32", "bf16", "fp16")
+        kinds = FORMATS if to_gguf else ("fp32", "bf16", "fp16")
         kind = kind or ("F16" if to_gguf else "fp32")
         if kind not in kinds:
             raise ValueError(f"--kind is {kind!r}, but {out} can hold {', '.join(kinds)}")

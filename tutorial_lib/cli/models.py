@@ -43,7 +43,7 @@ def open_model(
     kind = KINDS[type(found.model).__name__]
     if not kind.writes:
         raise ValueError(
-            f"{name} is a {kind.name}, which gives no scores for next tokens: nothing can be written with it"
+            f"{name} is a {kind.name}, which gives no scores for next tokens: it can neither write nor be judged by a text"
         )
     return found
 

@@ -18,8 +18,8 @@ class Windows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Inputs `(B, T)` and labels `(B, T)`, already shifted."""
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """Tensors with these rows: inputs `(B, T)` and labels `(B, T)`, already shifted, for one."""
         ...
 
 
@@ -59,10 +59,10 @@ class ShuffledBatches:
         """How often the windows have been gone through, as a fraction."""
         return self.seen / len(self.windows)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> tuple[Tensor, ...]:
         rows = self.batch_size // self.world_size
         first = self.seen + self.rank * rows
         batch = self.windows.batch([self._window(k) for k in range(first, first + rows)])

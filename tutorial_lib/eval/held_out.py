@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from tutorial_lib.train.objective import Batch, Objective
+from tutorial_lib.train.objective import Batch, Objective, Totals
 
 __all__ = ["held_out"]
 
@@ -25,16 +25,13 @@ def held_out(model: nn.Module, batches: Iterable[Batch], objective: Objective) -
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums: dict[str, float] = {}
-    count = 0
+    totals, count = Totals(device), 0
     try:
         for batch in batches:
             count += int(objective.count(batch))
-            loss, metrics = objective.loss(model, tuple(part.to(device) for part in batch))
-            for name, total in {"loss": loss, **metrics}.items():
-                sums[name] = sums.get(name, 0.0) + total.item()
+            totals.add(*objective.loss(model, tuple(part.to(device) for part in batch)))
     finally:
         model.train(was_training)
     if count == 0:
         raise ValueError("nothing in the held-out batches counts: there is nothing to evaluate")
-    return {name: total / count for name, total in sums.items()}
+    return {name: mean.item() for name, mean in totals.means(count).items()}

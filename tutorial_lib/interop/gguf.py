@@ -31,7 +31,7 @@ from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, 
 
 __all__ = ["GGUFError", "gguf_config", "gguf_tokenizer", "load_gguf", "save_gguf"]
 
-KINDS = ("F32", "F16", "Q8_0")
+FORMATS = ("F32", "F16", "Q8_0")
 """What `save_gguf` writes matrices as."""
 
 
@@ -99,8 +99,8 @@ def save_gguf(
         WeightsError: if no architecture of llama.cpp computes this model, or a number does not fit into F16.
     """
     gguf, path, config = need_gguf(), Path(path), model.config
-    if kind not in KINDS:
-        raise WeightsError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if kind not in FORMATS:
+        raise WeightsError(f"unknown kind {kind!r}: choose one of {', '.join(FORMATS)}")
     if config.window is not None:
         raise WeightsError("llama.cpp computes Llama and Qwen3 without a window: this model has one")
     arch = family(config)

@@ -50,10 +50,13 @@ def download(name: str, revision: str | None = None) -> Path:
             f"{name} is given only to those who asked: accept its terms on the hub, and log in"
         ) from None
     except RepositoryNotFoundError:
-        raise WeightsError(f"the hub has no model {name!r} that you may read: is it spelled right?") from None
+        raise WeightsError(
+            f"there is no file or folder {name}, and the hub has no model of that name that you may read: is it spelled right?"
+        ) from None
     except LocalEntryNotFoundError:
         raise WeightsError(
-            f"{name} is not in the cache, and the hub cannot be reached: check the network, or give a folder"
+            f"there is no file or folder {name}, nor such a model in the cache, and the hub cannot be reached: check "
+            "the name, or the network"
         ) from None
     except Exception as error:  # many kinds of connections fail in many ways
         said = re.sub(r"\w+://\S+|host='[^']*'", "…", " ".join(str(error).split()))[:160]

@@ -55,9 +55,8 @@ def regenerate(root: Path = ROOT, check: bool = False) -> Outcome:
 
 def _renew(root: Path, name: str, was: dict[str, Any], check: bool, done: Outcome) -> dict[str, Any]:
     """Make an exercise from its solution. Returns what the manifest is to say of it; it said `was`."""
-    from tutorial_lib.nb.form import (
-        normalise,
-    )  # here, so that without nbformat main() can say what to install
+    # Here, so that without nbformat main() can say what to install.
+    from tutorial_lib.nb.form import normalise
     from tutorial_lib.nb.notebooks import dumps, read_notebook
 
     path, shown = root / "exercises" / name, f"exercises/{name}"

@@ -6,25 +6,23 @@ of them (under FSDP a forward pass needs everybody); files are written by the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from tutorial_lib.core.sampler import generate
 from tutorial_lib.data.protocol import Tokenizer
-from tutorial_lib.eval.held_out import held_out
 from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main
 from tutorial_lib.train.loggers import Logger
 from tutorial_lib.train.loop import StepInfo
 from tutorial_lib.train.losses import bits_per_byte
-from tutorial_lib.train.objective import Batch
 from tutorial_lib.train.stopping import EarlyStopping
 from tutorial_lib.train.trainer import Trainer
 
-__all__ = ["Due", "Evaluate", "Sample", "Save", "every", "judged", "shares", "write_on"]
+__all__ = ["Due", "Evaluate", "HasState", "Look", "Sample", "Save", "every", "judged", "shares", "write_on"]
 
 
 Due: TypeAlias = Callable[[StepInfo], bool]
@@ -47,27 +45,31 @@ def shares(parts: int) -> Due:
     return due
 
 
-class Evaluate:
-    """Looks at what is held out when it is due; says stop when it no longer gets better.
+Look: TypeAlias = Callable[[nn.Module], Mapping[str, float]]
+"""What a model is judged by."""
 
-    Every process evaluates the same batches: under FSDP they have to walk through the model together.
+
+class Evaluate:
+    """Judges the model when it is due; says stop when it no longer gets better.
+
+    Every process looks at the same: under FSDP they have to walk through the model together.
 
     Args:
-        batches: Called for each look.
-        bytes_per_token: Of the held-out text, for bits per byte; None if it is no text.
+        look: Called with the model; gives numbers by name, `loss` among them, the lower the better.
+        bytes_per_token: Of the text that it looks at, for bits per byte; None if it is no text.
         patience: Stop after so many looks in a row without a gain; None never does.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        batches: Callable[[], Iterable[Batch]],
+        look: Look,
         due: Due,
         logger: Logger,
         bytes_per_token: float | None = None,
         patience: int | None = None,
     ) -> None:
-        self.trainer, self.batches, self.due, self.logger = trainer, batches, due, logger
+        self.trainer, self._look, self.due, self.logger = trainer, look, due, logger
         self.bytes_per_token = bytes_per_token
         self.stopping = EarlyStopping(patience or 1)
         self.may_stop = patience is not None
@@ -75,6 +77,8 @@ class Evaluate:
         """What the last look found; None before the first."""
         self.step = -1
         """The step of the last look."""
+        self.said_stop = False
+        """Whether it was this that ended the run."""
 
     def __call__(self, info: StepInfo) -> bool:
         return self.due(info) and self.look(info.step)
@@ -82,13 +86,14 @@ class Evaluate:
     def look(self, step: int) -> bool:
         """Now; True means stop."""
         with self.trainer.precision.autocast():
-            means = held_out(judged(self.trainer), self.batches(), self.trainer.objective)
-        self.step, self.loss = step, means["loss"]
-        values = {f"val_{name}": mean for name, mean in means.items()}
+            found = self._look(judged(self.trainer))
+        self.step, self.loss = step, found["loss"]
+        values = {f"val_{name}": value for name, value in found.items()}
         if self.bytes_per_token is not None:
             values["val_bits_per_byte"] = bits_per_byte(self.loss, self.bytes_per_token)
         self.logger.scalars(step, values)
-        return self.stopping.update(self.loss) and self.may_stop
+        self.said_stop = self.stopping.update(self.loss) and self.may_stop
+        return self.said_stop
 
     def loss_at(self, step: int) -> float | None:
         """The loss of that step's look, if there was one."""
@@ -162,12 +167,20 @@ def write_on(
     return tokenizer.decode([*ids[0].tolist(), *(token for token in new if token < known)])
 
 
+class HasState(Protocol):
+    """What can be saved and go on."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Save:
     """Writes a checkpoint when it is due, at the end, and whenever what is held out has a new best.
 
     Args:
         header: What `load_model` needs to know.
-        also: Other callbacks with a state, by name.
+        also: What else has a state, by name.
     """
 
     def __init__(
@@ -177,7 +190,7 @@ class Save:
         due: Due,
         header: dict[str, str],
         evaluator: Evaluate,
-        also: dict[str, Any] | None = None,
+        also: Mapping[str, HasState] | None = None,
     ) -> None:
         self.trainer, self.folder, self.due, self.header = trainer, folder, due, header
         self.evaluator, self.also = evaluator, {"evaluate": evaluator, **(also or {})}

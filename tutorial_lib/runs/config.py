@@ -15,34 +15,42 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 from yaml import YAMLError
 
 from tutorial_lib.core.kernels import KERNELS
 from tutorial_lib.kinds import kind_named
 from tutorial_lib.runs.settings import Config, LogTable, ModelTable, TrainTable, tables
-from tutorial_lib.train.optimizers import KINDS
+from tutorial_lib.train.optimizers import OPTIMIZERS
 from tutorial_lib.train.schedules import SCHEDULES
 
-__all__ = ["Config", "ConfigError", "load_config", "model_config"]
+__all__ = ["Config", "ConfigError", "load_config", "model_config", "new_model"]
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run. The message is one sentence."""
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), shape: type[AnyConfig] = Config
+) -> AnyConfig:
     """The configuration in a file, with overrides such as `train.lr=2e-4`, checked.
+
+    Args:
+        shape: `Config`, or a subclass with more tables: they are read and named in errors like the four.
 
     Raises:
         ConfigError: whatever is wrong, in one sentence.
     """
-    given = _read(Path(path)) if path is not None else OmegaConf.create({})
+    given = _read(Path(path), tables(shape=shape)) if path is not None else OmegaConf.create({})
     layers = [(str(path), given), *((override, _override(override)) for override in overrides)]
-    known = tables(_kind([table for _, table in layers]))
+    known = tables(_kind([table for _, table in layers]), shape)
     for where, table in layers:
         _check_keys(table, known, where)
         try:
@@ -50,7 +58,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         except OmegaConfBaseException as error:
             raise ConfigError(f"{where}: {_first_line(error)}") from None
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config(known["model"]())), given))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(shape(known["model"]())), given))
     except OmegaConfBaseException as error:
         raise ConfigError(_mistyped(error, given, known)) from None
     assert isinstance(config, Config)
@@ -66,7 +74,12 @@ def model_config(config: Config) -> Any:
     return kind_named(settings.pop("kind")).config(**settings)
 
 
-def _read(path: Path) -> DictConfig:
+def new_model(config: Config) -> nn.Module:
+    """A model of the kind and the shape that it asks for, with fresh weights."""
+    return kind_named(config.model.kind).model(model_config(config))
+
+
+def _read(path: Path, known: Iterable[str]) -> DictConfig:
     if not path.is_file():
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1, cutoff=0.3
@@ -78,7 +91,7 @@ def _read(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} is not YAML: {_first_line(error)}") from None
     if not isinstance(given, DictConfig):
-        raise ConfigError(f"{path} is not a table of {', '.join(tables())}")
+        raise ConfigError(f"{path} is not a table of {', '.join(known)}")
     return given
 
 
@@ -182,7 +195,7 @@ def _check_train(train: TrainTable) -> None:
             "train.warmup_steps=0 does without"
         )
     _one_of("train.schedule", train.schedule, SCHEDULES)
-    _one_of("train.optimizer", train.optimizer, KINDS)
+    _one_of("train.optimizer", train.optimizer, OPTIMIZERS)
     _one_of("train.attention", train.attention, KERNELS)
     _one_of("train.parallel", train.parallel, ("ddp", "fsdp", "deepspeed"))
     if isinstance(train.amp, str):
@@ -224,9 +237,11 @@ def _check_model(config: Config) -> None:
         raise ConfigError(f"model.rope_scaling is {scaling!r}, but must be a table or null")
     try:
         shape = model_config(config)
-        few = min(shape.n_layers, len(window) if isinstance(window, list) else 1)
-        kind = kind_named(config.model.kind)
-        model = kind.outline(replace(shape, n_layers=few))  # the layers have checks of their own
+        if "n_layers" in settings:
+            shape = replace(
+                shape, n_layers=min(shape.n_layers, len(window) if isinstance(window, list) else 1)
+            )
+        model = kind_named(config.model.kind).outline(shape)  # the layers have checks of their own
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, OverflowError) as error:
         raise ConfigError(f"model: {_first_line(error)}") from None
     if getattr(model, "positions", None) is not None and config.train.seq_len > shape.max_seq_len:

@@ -46,8 +46,13 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
     else:
         found = open_pretrained(config.train.init_from)
     brought = model_table(kind_of(found.model).name)(**asdict(found.model.config))
+    if config.model.kind not in (ModelTable().kind, brought.kind):
+        raise ConfigError(
+            f"model.kind is {config.model.kind}, but train.init_from {config.train.init_from} is a {brought.kind}: "
+            "leave the model table out"
+        )
     usual = type(config.model)(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
-    for name, value in {"kind": config.model.kind, **asdict(model_config(config))}.items():
+    for name, value in asdict(model_config(config)).items():
         theirs = getattr(brought, name, None)
         if value not in (getattr(usual, name), getattr(ModelTable(), name, None), theirs):
             raise ConfigError(

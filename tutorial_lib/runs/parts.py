@@ -63,8 +63,12 @@ def make_trainer(config: Config, model: nn.Module, objective: Objective, batches
         model: On this process's device, with its layers in `model.blocks`, and the same on every process.
         objective: What is learned.
         batches: This process's rows.
+
+    Raises:
+        ConfigError: if the processes cannot share a batch evenly, or the device cannot compute in `train.amp`.
     """
     train = config.train
+    rows_at_once(train)
     precision = pick_precision(train.amp, next(model.parameters()).device)
     if train.amp:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32

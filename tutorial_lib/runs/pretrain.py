@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from rich.console import Console
 
+from tutorial_lib.eval.held_out import held_out
 from tutorial_lib.eval.perplexity import spread_batches
 from tutorial_lib.interop.checkpoint import model_header
-from tutorial_lib.kinds import kind_named
-from tutorial_lib.runs.config import Config, model_config
+from tutorial_lib.runs.config import Config, new_model
 from tutorial_lib.runs.inputs import in_a_file, open_text, pretrained, save_tokenizer
 from tutorial_lib.runs.parts import make_trainer, pick_precision, rows_at_once
 from tutorial_lib.runs.run import Outcome, Start, Work, carry_out
@@ -36,11 +36,11 @@ def _prepare(config: Config, start: Start) -> Work:
             check_fits(tokens, train.seq_len, what)
     rows, precision = rows_at_once(train), pick_precision(train.amp, start.device)
     torch.manual_seed(train.seed)  # the same weights on every process
-    kind = kind_named(config.model.kind)
-    model = kind.model(model_config(config)) if begin_with is None else begin_with.model.train()
+    model = new_model(config) if begin_with is None else begin_with.model.train()
     model = model.to(start.device)
+    size, where = sum(p.numel() for p in model.parameters()), f"{start.device.type} × {world_size()}"
     start.tell(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters on {start.device.type} × {world_size()} in {str(precision.dtype)[6:]}; "
+        f"{size:,} parameters on {where} in {str(precision.dtype)[6:]}; "
         + (f"{len(source.train):,} tokens to train on, " if source.train is not None else "")
         + f"{len(source.val):,} to validate on"
     )
@@ -49,10 +49,12 @@ def _prepare(config: Config, start: Start) -> Work:
     batches = source.batches(
         train.batch_size, train.seq_len, derive_seed(train.seed, "data"), rank(), world_size()
     )
+    trainer = make_trainer(config, model, NextToken(), batches)
+    val_batches = partial(spread_batches, source.val, train.seq_len, rows, train.eval_windows)
     return Work(
-        make_trainer(config, model, NextToken(), batches),
+        trainer,
         header,
-        partial(spread_batches, source.val, train.seq_len, rows, train.eval_windows),
+        lambda judged: held_out(judged, val_batches(), trainer.objective),
         source.tokenizer,
         source.bytes_per_token(source.val),
         lambda folder: save_tokenizer(source, folder / "tokenizer.json", begin_with),

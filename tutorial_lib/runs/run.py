@@ -8,7 +8,7 @@ A kind of run (`runs.pretrain`, for one) says how its `Work` is made; `carry_out
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from rich.console import Console
 from tutorial_lib.core.kernels import attention_kernel
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.files import write_text
-from tutorial_lib.runs.callbacks import Evaluate, Sample, Save, every
+from tutorial_lib.runs.callbacks import Evaluate, HasState, Look, Sample, Save, every
 from tutorial_lib.runs.config import Config, ConfigError
 from tutorial_lib.runs.folder import check_free, locked
 from tutorial_lib.runs.settings import LogTable
@@ -32,7 +32,6 @@ from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main, start, unwrap
 from tutorial_lib.train.loggers import CSVLogger, Logger, Loggers, TensorBoardLogger, WandbLogger
 from tutorial_lib.train.loop import Callback, StepInfo
-from tutorial_lib.train.objective import Batch
 from tutorial_lib.train.trainer import Trainer
 from tutorial_lib.train.watchers import LogSteps, LogWeights, TraceProfiler
 
@@ -59,8 +58,8 @@ class Work:
     trainer: Trainer
     header: dict[str, str]
     """What `load_model` will need: from `model_header`."""
-    held_out: Callable[[], Iterable[Batch]]
-    """The batches that it is judged by, the same at every look."""
+    look: Look
+    """What the model is judged by: `loss` chooses the best checkpoint and ends the run when patience does."""
     tokenizer: Tokenizer | None = None
     """For samples: `log.prompt`."""
     bytes_per_token: float | None = None
@@ -69,6 +68,8 @@ class Work:
     """Puts into the run's folder what has to go along with its checkpoints: the tokenizer, say."""
     callbacks: Sequence[Callback] = field(default_factory=tuple)
     """More of them; they come first."""
+    also: Mapping[str, HasState] = field(default_factory=dict)
+    """What else is saved with every checkpoint and given back on resuming, by name: a controller's state, say."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ def _train(
 ) -> Outcome:
     train, log, trainer, folder = config.train, config.log, work.trainer, checkpoints.folder
     evaluator = Evaluate(
-        trainer, work.held_out, every(train.eval_every), logger, work.bytes_per_token, train.patience
+        trainer, work.look, every(train.eval_every), logger, work.bytes_per_token, train.patience
     )
-    save = Save(trainer, checkpoints, every(train.save_every), work.header, evaluator)
+    save = Save(trainer, checkpoints, every(train.save_every), work.header, evaluator, work.also)
     if found is not None:
         save.load_state_dict(found["callbacks"])
         save.step = trainer.step
@@ -152,12 +153,13 @@ def _train(
     with stop.listening(), show.bar, kernel:
         last = trainer.run(callbacks)
         if last is not None:
+            if evaluator.loss is None and stop.asked is None:  # the batches ended before the first look
+                evaluator.look(last.step)
             save.save()
     for watcher in watchers:
         if isinstance(watcher, TraceProfiler):
             watcher.close()
-    early = last is not None and last.progress < 1 and stop.asked is None
-    return Outcome(folder, last, evaluator.loss, evaluator.stopping.best, early, stop.asked)
+    return Outcome(folder, last, evaluator.loss, evaluator.stopping.best, evaluator.said_stop, stop.asked)
 
 
 def _go_on(work: Work, checkpoints: CheckpointFolder, tell: Tell) -> dict[str, Any] | None:

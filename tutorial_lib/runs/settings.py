@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
 from tutorial_lib.kinds import kind_named
@@ -125,8 +125,14 @@ def model_table(kind: str) -> type:
     """
     config = kind_named(kind).config
     hints = get_type_hints(config)
-    shape = [(f.name, hints[f.name] if _is_plain(hints[f.name]) else Any, f.default) for f in fields(config)]
+    shape = [
+        (f.name, hints[f.name] if _is_plain(hints[f.name]) else Any, _default(f)) for f in fields(config)
+    ]
     return make_dataclass("ModelTable", [("kind", str, kind), *shape])
+
+
+def _default(of: Field) -> Any:
+    return of.default if of.default_factory is MISSING else field(default_factory=of.default_factory)
 
 
 def _is_plain(hint: Any) -> bool:
@@ -139,7 +145,7 @@ ModelTable = model_table("Transformer")
 
 @dataclass
 class Config:
-    """A run."""
+    """A run. One of another sort has its own: `class RLConfig(Config)`, with a table more, each field a dataclass."""
 
     model: Any = field(default_factory=ModelTable)
     """A `model_table`."""
@@ -152,6 +158,7 @@ class Config:
         return asdict(self)
 
 
-def tables(kind: str = "Transformer") -> dict[str, type]:
-    """The four tables, by name."""
-    return {"model": model_table(kind), "train": TrainTable, "data": DataTable, "log": LogTable}
+def tables(kind: str = "Transformer", shape: type[Config] = Config) -> dict[str, type]:
+    """The tables of a run, by name."""
+    others = {f.name: f.default_factory for f in fields(shape) if f.name != "model"}
+    return {"model": model_table(kind), **others}

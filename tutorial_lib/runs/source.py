@@ -41,7 +41,7 @@ class Source:
 
     def batches(
         self, batch_size: int, seq_len: int, seed: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Shuffled batches for one process, with a place that can be saved."""
         if self.train is not None:
             windows = TokenWindows(self.train, seq_len)
@@ -101,12 +101,8 @@ def open_source(
     text = np.frombuffer(load_text(dataset), np.uint8)
     if val is not None:
         return Source(known, name, encode_bytes(known, text.tobytes()), _tokens(val, known, name, beside))
-    train_part, val_part = split_train_val(
-        text, val_fraction
-    )  # cut before encoding: the same for all tokenizers
-    return Source(
-        known, name, encode_bytes(known, train_part.tobytes()), encode_bytes(known, val_part.tobytes())
-    )
+    parts = split_train_val(text, val_fraction)  # cut before encoding: the same for all tokenizers
+    return Source(known, name, *(encode_bytes(known, part.tobytes()) for part in parts))
 
 
 def _is_tar(dataset: str) -> bool:

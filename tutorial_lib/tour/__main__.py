@@ -1,6 +1,6 @@
 """`make tour`, or `python -m tutorial_lib.tour --seconds 60 --dataset "my_text/*.txt"`.
 
-Exit code: 0 when the tour is finished, 1 when it could not be, 130 after Ctrl-C (with a usable checkpoint).
+Exit code: 0 when the tour is finished, 1 when it could not be, 130 after Ctrl-C or a polite kill (with a usable checkpoint).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tutorial_lib.data.corpora import CorpusError
 from tutorial_lib.tour.recipes import RECIPES, with_seconds
 from tutorial_lib.tour.report import write_report
 from tutorial_lib.tour.run import run
+from tutorial_lib.train.trainer import DivergedError
 
 
 def _positive(text: str) -> float:
@@ -43,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
         story = run(recipe, args.dataset, folder, args.seed, console)
         report = write_report(story, folder)
     except KeyboardInterrupt:
-        console.print("Stopped before training began: nothing was trained.")
+        console.print("Stopped at once: what the last checkpoint has is all there is.")
         return 130
-    except (CorpusError, ValueError, OSError) as error:
+    except (CorpusError, DivergedError, ValueError, OSError) as error:
         console.print(f"[bold red]The tour stopped:[/] {error}", highlight=False, soft_wrap=True)
         return 1
     if story.interrupted:

@@ -179,10 +179,10 @@ def _how_to_use(folder: Path) -> str:
     best = html.escape((folder / "best.safetensors").as_posix())
     return (
         "<h2>Use it</h2><pre class=code>from tutorial_lib.interop.checkpoint import load_model\n"
-        "from tutorial_lib.tour.run import write_sample\n"
-        "from tutorial_lib.data.tokenize import ByteTokenizer\n\n"
+        "from tutorial_lib.data.tokenize import ByteTokenizer\n"
+        "from tutorial_lib.runs.callbacks import write_on\n\n"
         f'model, about = load_model("{best}")\n'
-        "print(write_sample(model, ByteTokenizer(), n=500, seed=1))</pre>"
+        'print(write_on(model, ByteTokenizer(), "**ROMEO**  \\n", n=500))</pre>'
     )
 
 

@@ -19,8 +19,8 @@ from tutorial_lib.data.datasets import open_tokens, random_batches, write_tokens
 from tutorial_lib.data.holdout import split_train_val
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.eval import baselines
-from tutorial_lib.eval.perplexity import evaluate, spread_batches
-from tutorial_lib.files import write_text
+from tutorial_lib.eval.perplexity import evaluate
+from tutorial_lib.files import read_json, write_text
 from tutorial_lib.interop.checkpoint import load_model, model_header, save_model
 from tutorial_lib.runs.callbacks import Evaluate, Sample, Save, shares, write_on
 from tutorial_lib.runs.terminal import Show, Stop, printable
@@ -36,6 +36,7 @@ __all__ = ["Story", "machine", "run"]
 PROMPT = "**JULIET**  \n"
 EVALUATIONS = 16
 QUICK_WINDOWS = 512  # for the curve; the number at the end is of the whole validation text
+RESULT = "result.json"
 SAMPLE = 240
 """Bytes in a sample."""
 
@@ -132,21 +133,31 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
             "bigram": baselines.bigram(*parts),
             **baselines.compressors(*(part.tobytes() for part in parts)),
         }
-    write_text(folder / "result.json", json.dumps(asdict(story), indent=1))
+    write_text(folder / RESULT, json.dumps(asdict(story), indent=1))
     return story
 
 
 def _own(folder: Path) -> CheckpointFolder:
-    """The folder's checkpoints, for a tour that begins: those of the tour before are removed."""
+    """The folder's checkpoints, for a tour that begins: those of the tour before are removed, and nobody else's."""
     checkpoints = CheckpointFolder(folder, keep_last=1, keep_best=1)
-    if checkpoints.files() and not (folder / "result.json").is_file():
-        raise ValueError(
-            f"{folder} holds a run that is no tour ({checkpoints.files()[0].name}): choose another --out"
-        )
-    for old in (*checkpoints.files(), folder / "latest.ckpt", folder / "best.ckpt"):
-        old.unlink(missing_ok=True)
-    write_text(folder / "result.json", "{}")
+    old = [
+        *checkpoints.files(),
+        *(folder / name for name in ("latest.ckpt", "best.ckpt", "latest.safetensors")),
+    ]
+    old = [path for path in old if path.is_file()]
+    if old and not _is_tour(folder):
+        raise ValueError(f"{folder} holds a run that is no tour ({old[0].name}): choose another --out")
+    write_text(folder / RESULT, json.dumps({"recipe": None}))  # a tour, even if it is killed
+    for path in old:
+        path.unlink()
     return checkpoints
+
+
+def _is_tour(folder: Path) -> bool:
+    try:
+        return "recipe" in read_json(folder / RESULT, 1 << 24)
+    except ValueError:
+        return False
 
 
 def _described(recipe: Recipe) -> dict[str, Any]:
@@ -169,8 +180,8 @@ def _train(
     console: Console,
 ) -> float:
     """Train to the end or to Ctrl-C; returns the best loss on a part of the validation text."""
-    quick = partial(spread_batches, val, seq_len, max_windows=QUICK_WINDOWS)
-    evaluator = Evaluate(trainer, quick, shares(EVALUATIONS), Logger(), bytes_per_token=1.0)
+    quick = partial(evaluate, tokens=val, seq_len=seq_len, max_windows=QUICK_WINDOWS)
+    evaluator = Evaluate(trainer, lambda model: {"loss": quick(model).loss}, shares(EVALUATIONS), Logger())
     sample = Sample(trainer, ByteTokenizer(), PROMPT, _halfway(), Logger(), seq_len, SAMPLE)
     save = Save(trainer, checkpoints, evaluator.looked, model_header(trainer.model, about), evaluator)
     show, stop = Show(console, evaluator, sample), Stop(partial(console.print, markup=False))
@@ -186,8 +197,8 @@ def _train(
         story.progress = info.progress
 
     with stop.listening(), show.bar:
-        start = StepInfo(0, float("nan"), 0.0, 0.0, 0, 0.0, 0.0)  # what an untrained model says and writes
-        evaluator.look(0)
+        evaluator.look(0)  # what an untrained model says and writes
+        start = StepInfo(0, evaluator.loss, 0.0, 0.0, 0, 0.0, 0.0)
         sample.write(0)
         save.save()
         remember(start)

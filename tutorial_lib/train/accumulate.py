@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tutorial_lib.train.distributed import all_sum, gradient_sync, world_size
-from tutorial_lib.train.objective import Batch, NextToken, Objective
+from tutorial_lib.train.objective import Batch, NextToken, Objective, Totals
 from tutorial_lib.train.precision import Precision
 
 __all__ = ["split_batch", "accumulate_gradients"]
@@ -23,7 +23,7 @@ def split_batch(batch: Batch, size: int | None = None) -> list[Batch]:
     rows = [len(part) for part in batch]
     if len(set(rows)) != 1:
         raise ValueError(f"the tensors of a batch have {rows} rows: they need the same number of them")
-    size = rows[0] if size is None else size
+    size = max(1, rows[0]) if size is None else size  # without rows, one piece without rows
     if size < 1:
         raise ValueError(f"a micro-batch of {size} rows: at least 1 is needed")
     return list(zip(*(part.split(size) for part in batch), strict=True))
@@ -43,7 +43,8 @@ def accumulate_gradients(
     Args:
         model: On its device; micro-batches are moved there one at a time. Gradients are added to those that its
             parameters have: call `zero_grad` once before.
-        micro_batches: From `split_batch`; the last one lets the processes share gradients.
+        micro_batches: From `split_batch`, one at least and as many in every process; the last one lets the processes
+            share gradients.
         precision: Autocast and loss scale; fp32 when None. The gradients carry its scale.
         objective: `NextToken` when None.
 
@@ -60,7 +61,7 @@ def accumulate_gradients(
         raise ValueError(
             "nothing in this batch counts (every label is -100?): there is nothing to learn from"
         )
-    means: dict[str, Tensor] = {}
+    totals = Totals(device)
     for i, batch in enumerate(micro_batches):
         batch = _moved(batch, device)
         with gradient_sync(model, enabled=i == len(micro_batches) - 1):
@@ -69,9 +70,8 @@ def accumulate_gradients(
                 share = loss / count
             # Data-parallel wrappers average gradients over the processes; the sum is wanted here.
             precision.backward(share * world_size())
-        for name, total in {"loss": loss, **metrics}.items():
-            means[name] = means.get(name, 0.0) + total.detach().float() / count
-    return dict(zip(means, all_sum(torch.stack(list(means.values()))), strict=True))
+        totals.add(loss, metrics)
+    return totals.means(count, all_sum)
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

@@ -13,6 +13,8 @@ __all__ = ["Compiled"]
 class Compiled:
     """The same objective; what the loss does to the scores `(B, T, V)` is fused with what comes before and after.
 
+    Around a model that is wrapped for several processes (DDP) there are two graphs, the model's and the loss's.
+
     Args:
         objective: Its `loss` asks no tensor for a number (`.item()`), which would cut the graph.
         options: For `torch.compile`.

@@ -9,10 +9,10 @@ from torch import nn
 from tutorial_lib.train.muon import Muon, muon_groups
 from tutorial_lib.train.optim import decay_groups
 
-__all__ = ["KINDS", "build_optimizer"]
+__all__ = ["OPTIMIZERS", "build_optimizer"]
 
 
-KINDS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon")
 
 
 def build_optimizer(
@@ -52,5 +52,5 @@ def build_optimizer(
                 "muon found no matrices in model.blocks: hand it the model itself, not a wrapper"
             )
         return Muon(groups, momentum=momentum, betas=betas)
-    near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"unknown optimizer {kind!r}: did you mean {near!r}? There are {', '.join(KINDS)}")
+    near = difflib.get_close_matches(kind, OPTIMIZERS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"unknown optimizer {kind!r}: did you mean {near!r}? There are {', '.join(OPTIMIZERS)}")

@@ -42,9 +42,9 @@ class Trainer:
     Args:
         model: What the objective asks, on its device, wrapped for data parallelism or not.
         optimizer: Each group's own `lr` is its peak.
-        batches: Tuples of tensors with the same rows, this process's; inputs and labels `(B, T)` for `NextToken`. If it
-            has `state_dict`, the state of the trainer holds its position. A generator that makes its batches when they
-            are asked for sees the model as it then is.
+        batches: Tuples of tensors with the same rows, as many as every other process has; inputs and labels `(B, T)`
+            for `NextToken`. If it has `state_dict`, the state of the trainer holds its position. A generator that makes
+            its batches when they are asked for sees the model as it then is.
         steps: Optimizer steps of the whole run.
         schedule: Progress (0 to 1) to the factor on the peak rate.
         grad_clip: The largest gradient norm that is let through; None for all.
@@ -103,7 +103,7 @@ class Trainer:
         while self.step < self.steps and not self._out_of_time():
             began = time.perf_counter()
             batch = next(batches, None)
-            if batch is None:
+            if any_of(batch is None):  # all stop together, or some would wait for ever
                 break
             progress = self.progress(self.step + 0.5)  # a step's rate is that of its middle: never zero
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -113,7 +113,7 @@ class Trainer:
             self.step += 1
             self.tokens += batch[0].numel() * world_size()  # what the model reads
             self.seconds = agree(self.seconds + time.perf_counter() - began)
-            if not math.isfinite(loss):
+            if not math.isfinite(means.get("objective", loss)):  # a penalty may be what went wrong
                 raise DivergedError(
                     f"the loss is {loss} at step {self.step} (gradient norm {grad_norm}): "
                     "lower train.lr, warm up longer, or clip gradients harder"
@@ -122,7 +122,7 @@ class Trainer:
             rate = self.optimizer.param_groups[0]["lr"]
             info = StepInfo(self.step, loss, grad_norm, rate, self.tokens, self.seconds, done, means)
             wishes = [callback(info) for callback in callbacks]  # a list: every callback is told
-            if any_of(any(wishes)):  # all stop together, or some would wait for ever
+            if any_of(any(wishes)):
                 break
         return info
 

@@ -30,8 +30,8 @@ class LogSteps:
         """Called by the loop after each step."""
         if info.step != 1 and info.step % self.every and info.progress < 1:
             return
-        values = {name: getattr(info, name) for name in ("loss", "grad_norm", "lr", "tokens")}
-        values |= info.metrics
+        own = {name: getattr(info, name) for name in ("loss", "grad_norm", "lr", "tokens")}
+        values = {**info.metrics, **own}  # a metric does not take the place of what every run has
         if self._before and info.seconds > self._before.seconds:
             tokens, seconds = info.tokens - self._before.tokens, info.seconds - self._before.seconds
             values["tokens_per_second"] = tokens / seconds
