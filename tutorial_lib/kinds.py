@@ -112,11 +112,15 @@ def _address(model: type) -> str:
 def kind_named(name: str) -> Kind:
     """The kind with this name; a ValueError names the nearest one."""
     if not isinstance(name, str) or name not in KINDS:  # a file may say anything
-        near = difflib.get_close_matches(str(name), KINDS, n=1, cutoff=0.0)[0]
+        near = min(KINDS, key=lambda known: (known.lower() != str(name).lower(), -_alike(known, str(name))))
         raise ValueError(
             f"there is no kind of model {name!r:.60}: did you mean {near!r}? There are {', '.join(KINDS)}"
         )
     return KINDS[name]
+
+
+def _alike(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a.lower(), b.lower()).ratio()
 
 
 def kind_of(model: nn.Module) -> Kind:

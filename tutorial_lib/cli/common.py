@@ -78,6 +78,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return BAD_INPUT, "what was typed or piped in is not UTF-8 text"
     if isinstance(error, (CorpusError, ImportError, ValueError)):
         return BAD_INPUT, text
+    if isinstance(error, RuntimeError) and "home directory" in text:  # ~somebody
+        return BAD_INPUT, "a path begins with ~ and the name of somebody who has no home on this machine"
     if isinstance(error, OSError) and error.errno is None:  # one of our own sentences
         return BAD_INPUT, text
     if isinstance(error, OSError):

@@ -51,6 +51,8 @@ def open_model(
 def named(names: list[str] | None, default: str | None = None) -> str:
     """The one name among those that were given."""
     names = names or ([] if default is None else [default])
-    if len(names) != 1:
+    if len(names) > 1:
+        raise ValueError(f"{len(names)} models are named, {' and '.join(names)}: say one")
+    if not names:
         raise ValueError("say which model, one: --model runs/tiny/latest.ckpt, or --model smollm2")
     return names[0]

@@ -98,11 +98,8 @@ def _find(name: str) -> tuple[Callable[..., Pretrained], Path]:
         return _open_gguf, path
     if path.is_file() or suffix in (".ckpt", ".safetensors"):
         return _open_checkpoint, path
-    if suffix in PICKLES:
-        raise WeightsError(PICKLE.format(path))
-    if (
-        looks_like_hub_id(name) and not path.parent.is_dir()
-    ):  # a folder of that name is meant, and not an owner
+    # Where there is a folder of the owner's name, something in it is meant.
+    if looks_like_hub_id(name) and suffix not in PICKLES and not path.parent.is_dir():
         return _open_folder, download(name)
     known = ", ".join(MODELS)
     near = difflib.get_close_matches(name.lower(), MODELS, n=1) or _beside(path)
@@ -115,8 +112,10 @@ def _find(name: str) -> tuple[Callable[..., Pretrained], Path]:
 
 
 def _beside(path: Path) -> list[str]:
-    """The checkpoint in the same folder whose name comes nearest."""
-    names = [p.name for p in path.parent.glob("*.ckpt")] if path.name and path.parent.is_dir() else []
+    """What is in the same folder, is a folder or looks like a model, and comes nearest by its name."""
+    if not path.name or not path.parent.is_dir():
+        return []
+    names = [p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix in (".ckpt", ".gguf")]
     return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names, n=1)]
 
 

@@ -87,7 +87,8 @@ def lesson_of(notebook: str) -> Lesson | None:
 
 def read_package(root: Path) -> dict[str, str]:
     """The source of every module below root, keyed by its path (`tutorial_lib/core/rope.py`)."""
-    files = sorted((root / PACKAGE).rglob("*.py"))
+    # An installed package brings the gradings along; in the repository they lie outside.
+    files = sorted(f for f in (root / PACKAGE).rglob("*.py") if "grading" not in f.relative_to(root).parts)
     return {file.relative_to(root).as_posix(): file.read_text(encoding="utf-8") for file in files}
 
 

@@ -23,8 +23,8 @@ from torch import nn
 from yaml import YAMLError
 
 from tutorial_lib.core.kernels import KERNELS
-from tutorial_lib.kinds import kind_named
-from tutorial_lib.runs.settings import Config, LogTable, ModelTable, TrainTable, tables
+from tutorial_lib.kinds import KINDS, kind_named
+from tutorial_lib.runs.settings import Config, LogTable, ModelTable, TrainTable, model_table, tables
 from tutorial_lib.train.optimizers import OPTIMIZERS
 from tutorial_lib.train.schedules import SCHEDULES
 
@@ -112,6 +112,14 @@ def _check_keys(table: DictConfig, known: dict[str, type], where: str) -> None:
     settings = {f"{name}.{f.name}" for name, kind in known.items() for f in fields(kind)}
     for key in _keys(table, known):
         if key not in settings and key not in known:
+            owner = next(
+                (kind for kind in KINDS if key in {f"model.{f.name}" for f in fields(model_table(kind))}),
+                None,
+            )
+            if owner is not None:
+                raise ConfigError(
+                    f"{where}: {key} is a setting of a {owner}, and model.kind asks for another model"
+                )
             raise ConfigError(_unknown(key, [*sorted(settings), *known], where))
         if key in known and not isinstance(table._get_node(key), DictConfig):
             example = fields(known[key])[0].name

@@ -60,7 +60,9 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ConfigError(f"another process is training in {folder}: choose another log.name") from None
+        raise ConfigError(
+            f"another process is training in {folder}: choose another folder (log.name)"
+        ) from None
     except OSError:  # a disk that knows no locks
         pass
     return handle

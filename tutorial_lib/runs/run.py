@@ -169,8 +169,8 @@ def _go_on(work: Work, checkpoints: CheckpointFolder, tell: Tell) -> dict[str, A
         tell(f"nothing to resume in {checkpoints.folder}: starting")
         return None
     state, header, path = found
-    tell(f"going on from {path}")
     _check_same_model(header, work.header, path)
+    tell(f"going on from {path}")
     try:
         work.trainer.load_state_dict(state)
     except (ValueError, KeyError) as error:
@@ -180,7 +180,10 @@ def _go_on(work: Work, checkpoints: CheckpointFolder, tell: Tell) -> dict[str, A
 
 def _check_same_model(found: dict[str, str], own: dict[str, str], path: Path) -> None:
     if found["kind"] != own["kind"]:
-        raise ConfigError(f"{path} holds a {found['kind']}, but the configuration asks for a {own['kind']}")
+        raise ConfigError(
+            f"{path} holds a {found['kind']}, but the configuration asks for a {own['kind']}: "
+            "use the run's own config.yaml, or another log.name"
+        )
     was, now = json.loads(found["config"]), json.loads(own["config"])
     for name in was:
         if was[name] != now.get(name):

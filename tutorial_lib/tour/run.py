@@ -23,6 +23,7 @@ from tutorial_lib.eval.perplexity import evaluate
 from tutorial_lib.files import read_json, write_text
 from tutorial_lib.interop.checkpoint import load_model, model_header, save_model
 from tutorial_lib.runs.callbacks import Evaluate, Sample, Save, shares, write_on
+from tutorial_lib.runs.folder import locked
 from tutorial_lib.runs.terminal import Show, Stop, printable
 from tutorial_lib.tour.recipes import Recipe
 from tutorial_lib.train.checkpoint_folder import CheckpointFolder
@@ -117,7 +118,8 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
     )
     batches = random_batches(train, recipe.batch_size, T, torch.Generator().manual_seed(seed))
     about = {"tokenizer": "byte", "dataset": dataset}
-    best = _train(story, recipe.make_trainer(model, batches), val, T, checkpoints, about, console)
+    with locked(folder):
+        best = _train(story, recipe.make_trainer(model, batches), val, T, checkpoints, about, console)
     model, _ = load_model(folder / "best.ckpt")
     save_model(folder / "best.safetensors", model, {**about, "val_loss": best})  # without what training needs
     last = printable(write_on(model, ByteTokenizer(), PROMPT, SAMPLE))
@@ -138,19 +140,23 @@ def run(recipe: Recipe, dataset: str, folder: Path, seed: int = 0, console: Cons
 
 
 def _own(folder: Path) -> CheckpointFolder:
-    """The folder's checkpoints, for a tour that begins: those of the tour before are removed, and nobody else's."""
+    """The folder's checkpoints, if a tour may write there: over those of another tour, and over nobody else's."""
     checkpoints = CheckpointFolder(folder, keep_last=1, keep_best=1)
-    old = [
-        *checkpoints.files(),
-        *(folder / name for name in ("latest.ckpt", "best.ckpt", "latest.safetensors")),
-    ]
-    old = [path for path in old if path.is_file()]
-    if old and not _is_tour(folder):
+    if (old := _old(checkpoints)) and not _is_tour(folder):
         raise ValueError(f"{folder} holds a run that is no tour ({old[0].name}): choose another --out")
-    write_text(folder / RESULT, json.dumps({"recipe": None}))  # a tour, even if it is killed
-    for path in old:
-        path.unlink()
     return checkpoints
+
+
+def _old(checkpoints: CheckpointFolder) -> list[Path]:
+    names = ("latest.ckpt", "best.ckpt", "latest.safetensors")
+    return [*checkpoints.files(), *(p for name in names if (p := checkpoints.folder / name).is_file())]
+
+
+def _clear(checkpoints: CheckpointFolder) -> None:
+    """Remove what the tour before has left: called when this one has something to put in its place."""
+    write_text(checkpoints.folder / RESULT, json.dumps({"recipe": None}))  # a tour, even if it is killed
+    for path in _old(checkpoints):
+        path.unlink()
 
 
 def _is_tour(folder: Path) -> bool:
@@ -200,6 +206,7 @@ def _train(
         evaluator.look(0)  # what an untrained model says and writes
         start = StepInfo(0, evaluator.loss, 0.0, 0.0, 0, 0.0, 0.0)
         sample.write(0)
+        _clear(checkpoints)
         save.save()
         remember(start)
         show(start)
