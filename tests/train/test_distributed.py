@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -194,3 +195,14 @@ def test_the_config_of_deepspeed():
 def test_without_deepspeed_one_sentence_names_the_extra():
     with pytest.raises(ModuleNotFoundError, match=r"llm-from-scratch\[deepspeed\]"):
         deepspeed_trainer(nn.Linear(2, 2), None, [], steps=1)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_unequal_batches_that_end_at_unequal_times_hang_nobody(tmp_path):
+    """All stop with the first whose batches end; a metric's mean is over all rows, whatever order they are named in."""
+    launch(str(Path(worker.__file__).with_name("uneven_worker.py")), str(tmp_path))
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [one["step"] for one in told] == [3, 3]
+    for one in told:
+        assert one["metrics"] == pytest.approx({"ones": 1.0, "twos": 2.0, "rank_of_a_row": 2 / 6})

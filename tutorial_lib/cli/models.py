@@ -52,7 +52,7 @@ def named(names: list[str] | None, default: str | None = None) -> str:
     """The one name among those that were given."""
     names = names or ([] if default is None else [default])
     if len(names) > 1:
-        raise ValueError(f"{len(names)} models are named, {' and '.join(names)}: say one")
+        raise ValueError(f"say which model, one of {' and '.join(names)}")
     if not names:
         raise ValueError("say which model, one: --model runs/tiny/latest.ckpt, or --model smollm2")
     return names[0]
