@@ -495,7 +495,7 @@ def test_definitions_leave_work_out():
     assert [type(s).__name__ for s in definitions(cell)] == ["Import", "Assign", "Assign", "FunctionDef"]
 
 
-def test_same_value():
+def test_two_results_are_the_same_in_shape_and_value_whatever_holds_them():
     assert same_value(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]))
     assert not same_value(torch.zeros(2), torch.zeros(1, 2))
     assert same_value({"a": (1, 2.0)}, {"a": [1, 2.0 + 1e-9]})

@@ -161,7 +161,7 @@ def test_it_is_the_public_model(family):
 
 
 @pytest.mark.slow
-def test_it_is_gpt2():
+def test_it_computes_what_gpt2_computes():
     fields = {"vocab_size": 101, "n_positions": 40, "n_embd": 48, "n_layer": 3, "n_head": 4}
     theirs = theirs_of("GPT2", {**fields, "attn_implementation": "eager"})
     gpt2 = {"norm": "layernorm", "mlp": "gelu_tanh", "rope": False, "bias": True}

@@ -19,7 +19,7 @@ texts_with_names = st.lists(st.sampled_from(NAMES) | st.text(max_size=6)).map(""
 
 
 @given(st.text())
-def test_text_survives(text: str):
+def test_any_text_survives_the_round_trip(text: str):
     ids = TOKENIZER.encode(text)
     assert ids == list(text.encode("utf-8"))
     assert TOKENIZER.decode(ids) == text

@@ -66,7 +66,7 @@ def test_no_number_is_off_by_more_than_half_a_scale(rows, columns, power, seed):
     assert (q.int().abs().amax(dim=1)[largest] == 127).all()  # all of the range is used
 
 
-def test_by_hand():
+def test_rows_rounded_by_hand():
     q, scale = quantize_rows(
         torch.tensor([[1.0, -2.0, 0.5, 2.54], [0.0, 0.0, 0.0, 0.0], [-1.0, 0.3, 0.0, 0.0]])
     )
@@ -99,7 +99,7 @@ def test_a_linear_layer(bias, shape):
     assert small.out_features == 9 and not any(p.requires_grad for p in small.parameters())
 
 
-def test_a_table():
+def test_a_table_gives_its_rounded_rows():
     table = torch.randn(50, 8)
     small = Int8Embedding(*quantize_rows(table))
     ids = torch.tensor([[0, 49], [7, 7]])
@@ -277,7 +277,7 @@ def test_loaded_so_or_made_so(name, tmp_path):
         assert not any(p.requires_grad for p in found.parameters())
 
 
-def test_open_pretrained(tmp_path):
+def test_any_format_opens_to_the_same_eight_bits(tmp_path):
     from dataclasses import replace
 
     model = ours(replace(CONFIGS["llama3"], vocab_size=257))

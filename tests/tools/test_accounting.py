@@ -199,7 +199,7 @@ def test_replace_moves_the_widths_along():
         ({"n_experts": 8, "experts_per_token": 2, "n_moe_layers": -1}, "n_moe_layers is -1"),
     ],
 )
-def test_impossible_shapes(how, says):
+def test_a_shape_that_cannot_be_says_why(how, says):
     with pytest.raises(ValueError, match=says):
         ModelShape(**{"vocab_size": 10, "d_model": 8, "n_layers": 1, "n_heads": 2} | how)
 
@@ -349,13 +349,13 @@ def test_mixed_precision_takes_sixteen_bytes_a_parameter():
     assert training_memory(shape, 0, 0)["total"] == 16 * N
 
 
-def test_kv_cache():
+def test_a_cache_takes_the_bytes_of_its_keys_and_values():
     # Llama 2 7B in fp16: half a mebibyte for each token.
     assert kv_cache_bytes(KNOWN_SHAPES["llama-2-7b"], 1, 1) == 2**19
     assert kv_cache_bytes(KNOWN_SHAPES["llama-3-8b"], 3, 8192) == 3 * 2**30
 
 
-def test_cost():
+def test_time_energy_and_money_are_those_of_llama_65b():
     cost = training_cost(3.6e18, 1e15, 0.5, 700, 2.0, chips=4, overhead=1.5)
     assert cost == pytest.approx({"chip_hours": 2, "hours": 0.5, "kilowatt_hours": 2.1, "money": 4})
     # LLaMA 65B (Touvron et al. 2023a, table 15): 1,022,362 A100 hours are 449 MWh at a PUE of 1.1.

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_two_fsdp_processes_resumes_on_one(alone, together):
 
 @needs_gloo
 @pytest.mark.slow
-def test_small_agreements(together):
+def test_processes_agree_on_numbers_wishes_and_first_weights(together):
     assert together["agree"] == [0.1, True, False]
     assert together["broadcast"].tolist() == torch.zeros(3, 3).tolist(), "the first process's weights"
     assert together["shard round trip"]
