@@ -282,6 +282,24 @@ def test_our_configurations_load(name):
     assert (changed.train.lr, changed.train.batch_size, changed.model.rope) == (2e-4, 64, True)
 
 
+@pytest.mark.parametrize(
+    "value", ["${oc.env:SECRET}", "a ${oc.env:SECRET}", "${oc.decode:x}", "${train.lr}", "x\\${y}"]
+)
+def test_a_strangers_configuration_does_not_read_the_environment(home, monkeypatch, value):
+    monkeypatch.setenv("SECRET", "hunter2")
+    Path("evil.yaml").write_text(yaml.safe_dump({"log": {"prompt": value}, "data": {"dataset": "x"}}))
+    for where in (
+        ("evil.yaml", []),
+        (None, [f"log.prompt={value}"]),
+        (None, [f"data.dataset=https://x.org/{value}.tar"]),
+    ):
+        with pytest.raises(ConfigError) as said:
+            load_config(*where)
+        assert "hunter2" not in str(said.value)
+    with pytest.raises(ConfigError, match="log.prompt is .* write the value itself"):
+        load_config("evil.yaml")
+
+
 def test_the_plans_own_file_loads_as_written(home):
     config = load_config("plan.yaml")
     assert (config.train.lr, config.train.amp, config.log.wandb) == (3e-4, True, True)

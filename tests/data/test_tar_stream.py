@@ -7,13 +7,14 @@ import http.server
 import random
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tutorial_lib.data.tar_shards import find_shards, write_tar_shards
+from tutorial_lib.data.tar_shards import find_shards, read_texts, write_tar_shards
 from tutorial_lib.data.tar_stream import shuffle_buffer, stream_batches
 from tutorial_lib.data.tokenize import ByteTokenizer
 
@@ -176,3 +177,21 @@ def test_over_http_the_batches_are_those_from_disk(tars, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_no_name_of_a_file_is_run_as_a_command(tmp_path, monkeypatch):
+    """A pattern that matches a stranger's file name: webdataset would open `pipe:…` by running it."""
+    monkeypatch.chdir(tmp_path)
+    [good] = write_tar_shards(["to be"] * 3, tmp_path)
+    evil = "pipe:touch PWNED; cat x #.tar"
+    (tmp_path / evil).write_bytes(Path(good).read_bytes())
+    for pattern in (evil, "pipe*.tar", "*.tar"):
+        texts = [text for shard in find_shards(pattern) for text in read_texts(shard)]
+        assert texts and set(texts) == {"to be"}
+    assert not (tmp_path / "PWNED").exists()
+
+
+@pytest.mark.parametrize("character", list(" '\"`$;|<>"))
+def test_an_address_has_nothing_in_it_that_a_shell_would_obey(character):
+    with pytest.raises(ValueError, match=f"%{ord(character):02X}"):
+        find_shards(f"https://example.org/a{character}b.tar")

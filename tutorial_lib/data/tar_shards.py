@@ -15,6 +15,11 @@ from tutorial_lib.files import beside
 __all__ = ["find_shards", "read_texts", "write_tar_shards"]
 
 
+WEB = ("http://", "https://")
+UNSAFE = " '\"`$;|<>\\\n"
+"""What no address needs, and a program that fetches it could take for something else."""
+
+
 def _webdataset() -> Any:
     try:
         import webdataset
@@ -74,7 +79,13 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
 
 def _matches(name: str) -> list[str]:
     """What one path, `*` pattern or address stands for."""
-    if name.startswith(("http://", "https://")) or os.path.isfile(name):
+    if os.path.isfile(name):
+        return [name]
+    if name.startswith(WEB):
+        if unsafe := sorted(set(name) & set(UNSAFE)):
+            raise ValueError(
+                f"the address {name!r} has {unsafe[0]!r} in it: write it as %{ord(unsafe[0]):02X}"
+            )
         return [name]
     if "://" in name or name.startswith("pipe:"):
         raise ValueError(f"{name!r} is neither a path nor an http address")
@@ -91,22 +102,35 @@ def read_texts(shard: str) -> Iterator[str]:
         ValueError: if the file cannot be read, or is cut short.
     """
 
-    def everything(source: Iterator[Any]) -> Iterator[Any]:
-        return source  # TokenStream has dealt the files out
-
-    tar = _webdataset().WebDataset(
-        [shard], shardshuffle=False, nodesplitter=everything, workersplitter=everything, empty_check=False
-    )
     try:
         if shard.endswith(".tar") and os.path.isfile(shard):
             with open(shard, "rb") as file:
                 file.seek(-1024, os.SEEK_END)
                 if any(file.read()):  # tarfile itself takes many a cut for the end
                     raise tarfile.ReadError("no end mark")
-        for sample in tar:
+        for sample in _samples(shard):
             if "txt" in sample:
                 yield sample["txt"].decode("utf-8")
     except (OSError, tarfile.TarError) as error:
         raise ValueError(
             f"{shard} cannot be read as a whole tar file ({type(error).__name__}): fetch it again"
         ) from error
+
+
+def _samples(shard: str) -> Iterator[dict[str, Any]]:
+    """What webdataset finds in one tar file: each sample's parts by their endings."""
+    wds = _webdataset()
+    if shard.startswith(WEB):
+
+        def everything(source: Iterator[Any]) -> Iterator[Any]:
+            return source  # TokenStream has dealt the files out
+
+        yield from wds.WebDataset(
+            [shard], shardshuffle=False, nodesplitter=everything, workersplitter=everything, empty_check=False
+        )
+        return
+    # A file is opened here: to webdataset a name such as `pipe:rm x.tar` is a command to run.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    with open(shard, "rb") as file:
+        yield from group_by_keys(tar_file_expander([{"url": "", "stream": file}]))

@@ -53,6 +53,7 @@ def load_config(
     known = tables(_kind([table for _, table in layers]), shape)
     for where, table in layers:
         _check_keys(table, known, where)
+        _check_plain(OmegaConf.to_container(table, resolve=False), where)
         try:
             given = OmegaConf.merge(given, table)
         except OmegaConfBaseException as error:
@@ -134,6 +135,20 @@ def _override(text: str) -> DictConfig:
         return OmegaConf.from_dotlist([text])
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{text!r} is no override: {_first_line(error)}") from None
+
+
+def _check_plain(value: Any, where: str, key: str = "") -> None:
+    """Refuse what OmegaConf would put something else in place of: a stranger's file could read the environment so."""
+    if isinstance(value, dict):
+        for name, inside in value.items():
+            _check_plain(inside, where, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inside in value:
+            _check_plain(inside, where, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(
+            f"{where}: {key} is {value!r:.80}, but nothing is filled in here: write the value itself"
+        )
 
 
 def _keys(table: DictConfig, known: dict[str, type], prefix: str = "") -> Iterator[str]:
