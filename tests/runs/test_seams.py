@@ -28,10 +28,11 @@ from tutorial_lib.eval.held_out import held_out
 from tutorial_lib.interop.checkpoint import load_model, model_header, save_model
 from tutorial_lib.kinds import KINDS, grow, kind_named, kind_of, register
 from tutorial_lib.runs.callbacks import judged
-from tutorial_lib.runs.config import Config, ConfigError, load_config, model_config
+from tutorial_lib.runs.config import Config, ConfigError, load_config
 from tutorial_lib.runs.parts import make_trainer
 from tutorial_lib.runs.pretrain import pretrain
 from tutorial_lib.runs.run import Start, Work, carry_out
+from tutorial_lib.runs.settings import model_config
 from tutorial_lib.train.checkpoints import CheckpointError
 from tutorial_lib.train.compiled import Compiled
 from tutorial_lib.train.losses import lm_loss

@@ -15,6 +15,7 @@ from tests.core.experts import Experts
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import PRESETS, ModelConfig, Transformer
 from tutorial_lib.core.swiglu import SwiGLU
+from tutorial_lib.kinds import KINDS
 from tutorial_lib.tools.accounting import (
     KNOWN_SHAPES,
     ModelShape,
@@ -36,17 +37,7 @@ GROUPS = {"embedding", "positions", "attention", "mlp", "experts", "router", "no
 each_config = pytest.mark.parametrize("config", CONFIGS)
 
 
-def shape_of(config: GPTConfig) -> ModelShape:
-    return ModelShape(
-        config.vocab_size,
-        config.d_model,
-        config.n_layers,
-        config.n_heads,
-        d_mlp=config.d_mlp,
-        tied=config.tie_embeddings,
-        learned_positions=config.max_seq_len,
-        bias=config.bias,
-    )
+shape_of = KINDS["GPT"].shape
 
 
 def batch(config: GPTConfig, batch_size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from tutorial_lib.cli.common import console
 from tutorial_lib.kinds import kind_named
-from tutorial_lib.runs.config import Config, ConfigError, model_config, new_model
+from tutorial_lib.runs.config import Config, ConfigError
 from tutorial_lib.runs.inputs import pretrained
 from tutorial_lib.runs.parts import pick_precision
-from tutorial_lib.runs.settings import TrainTable
+from tutorial_lib.runs.settings import TrainTable, model_config, new_model
 from tutorial_lib.tools.accounting import ModelShape, count_parameters, flops_per_token, training_memory
 from tutorial_lib.tools.devices import pick_device
 from tutorial_lib.tools.profiling import measure_roofline, time_call

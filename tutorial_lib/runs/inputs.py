@@ -13,8 +13,8 @@ from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.kinds import kind_of
-from tutorial_lib.runs.config import Config, ConfigError, model_config
-from tutorial_lib.runs.settings import ModelTable, model_table
+from tutorial_lib.runs.config import Config, ConfigError
+from tutorial_lib.runs.settings import ModelTable, model_config, model_table
 from tutorial_lib.runs.source import Source, open_source
 from tutorial_lib.train.checkpoints import CheckpointError
 

@@ -10,10 +10,11 @@ from rich.console import Console
 from tutorial_lib.eval.held_out import held_out
 from tutorial_lib.eval.perplexity import spread_batches
 from tutorial_lib.interop.checkpoint import model_header
-from tutorial_lib.runs.config import Config, new_model
+from tutorial_lib.runs.config import Config
 from tutorial_lib.runs.inputs import in_a_file, open_text, pretrained, save_tokenizer
 from tutorial_lib.runs.parts import make_trainer, pick_precision, rows_at_once
 from tutorial_lib.runs.run import Outcome, Start, Work, carry_out
+from tutorial_lib.runs.settings import new_model
 from tutorial_lib.runs.source import check_fits
 from tutorial_lib.tools.seeds import derive_seed
 from tutorial_lib.train.distributed import rank, world_size

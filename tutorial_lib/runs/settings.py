@@ -5,9 +5,21 @@ from __future__ import annotations
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
+from torch import nn
+
 from tutorial_lib.kinds import kind_named
 
-__all__ = ["Config", "DataTable", "LogTable", "ModelTable", "TrainTable", "model_table", "tables"]
+__all__ = [
+    "Config",
+    "DataTable",
+    "LogTable",
+    "ModelTable",
+    "TrainTable",
+    "model_config",
+    "model_table",
+    "new_model",
+    "tables",
+]
 
 
 @dataclass
@@ -162,3 +174,14 @@ def tables(kind: str = "Transformer", shape: type[Config] = Config) -> dict[str,
     """The tables of a run, by name."""
     others = {f.name: f.default_factory for f in fields(shape) if f.name != "model"}
     return {"model": model_table(kind), **others}
+
+
+def model_config(config: Config) -> Any:
+    """The model's part, as the model wants it: the configuration of its kind."""
+    settings = asdict(config.model)
+    return kind_named(settings.pop("kind")).config(**settings)
+
+
+def new_model(config: Config) -> nn.Module:
+    """A model of the kind and the shape that it asks for, with fresh weights."""
+    return kind_named(config.model.kind).model(model_config(config))
