@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.swiglu import gated_width
+from tutorial_lib.moe.model import MoEConfig, MoETransformer
 from tutorial_lib.tools.accounting import ModelShape
 
 __all__ = ["KINDS", "Kind", "grow", "kind_named", "kind_of", "register"]
@@ -205,5 +206,17 @@ def _transformer_shape(config: ModelConfig) -> ModelShape:
     )
 
 
+def _moe_shape(config: MoEConfig) -> ModelShape:
+    return replace(
+        _transformer_shape(config),
+        n_experts=config.n_experts,
+        experts_per_token=config.experts_per_token,
+        n_shared_experts=config.n_shared_experts,
+        d_expert=config.d_expert,
+        n_moe_layers=sum(map(config.has_experts, range(config.n_layers))),
+    )
+
+
 register(GPTConfig, GPT, _gpt_shape)
 register(ModelConfig, Transformer, _transformer_shape)
+register(MoEConfig, MoETransformer, _moe_shape)
