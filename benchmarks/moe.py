@@ -27,7 +27,9 @@ from tutorial_lib.train.trainer import Trainer
 SHAPES = {
     "small": (ModelConfig(256, 128, 128, 4, n_layers=4, d_mlp=688), 16, 128),
     "124m": (
-        ModelConfig(50304, 1024, 768, 12, n_layers=12, d_mlp=6144, norm="layernorm", mlp="gelu_tanh", rope=False),
+        ModelConfig(
+            50304, 1024, 768, 12, n_layers=12, d_mlp=6144, norm="layernorm", mlp="gelu_tanh", rope=False
+        ),
         32,
         1024,
     ),
@@ -36,7 +38,9 @@ SHAPES = {
 """Each dense model, whose MLP is as wide as two experts; rows and tokens of a step."""
 
 
-def measure(name: str, config: ModelConfig, rows: int, T: int, device: torch.device, args: argparse.Namespace) -> float:
+def measure(
+    name: str, config: ModelConfig, rows: int, T: int, device: torch.device, args: argparse.Namespace
+) -> float:
     """Print a line, and return tokens a second (the median of the steps)."""
     torch.manual_seed(0)
     with_experts = isinstance(config, MoEConfig)
@@ -66,7 +70,10 @@ def measure(name: str, config: ModelConfig, rows: int, T: int, device: torch.dev
     rate = rows * T / statistics.median(times)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if on_gpu else ""
     total = sum(p.numel() for p in model.parameters())
-    print(f"{name:36} {total / 1e6:7.1f} M parameters {rate:12,.0f} tokens/s{memory}  loss {means['loss']:.3f}", flush=True)
+    print(
+        f"{name:36} {total / 1e6:7.1f} M parameters {rate:12,.0f} tokens/s{memory}  loss {means['loss']:.3f}",
+        flush=True,
+    )
     del model, trainer, objective
     gc.collect()
     torch.compiler.reset()
@@ -74,12 +81,16 @@ def measure(name: str, config: ModelConfig, rows: int, T: int, device: torch.dev
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device")
     parser.add_argument("--bf16", action="store_true", help="on a CPU, too")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="on a GPU unless told otherwise")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="on a GPU unless told otherwise"
+    )
     args = parser.parse_args()
     dense, rows, T = SHAPES[args.shape]
     device = pick_device(args.device)
@@ -92,7 +103,9 @@ def main() -> None:
     for name, config in {
         "8 experts, top-2": experts,
         "8 experts, top-2, capacity 1.25": replace(experts, capacity_factor=1.25),
-        "32 experts of a quarter, top-8": replace(experts, n_experts=32, experts_per_token=8, d_expert=dense.d_mlp // 8),
+        "32 experts of a quarter, top-8": replace(
+            experts, n_experts=32, experts_per_token=8, d_expert=dense.d_mlp // 8
+        ),
     }.items():
         rate = measure(name, config, rows, T, device, args)
         print(f"{'':36} {rate / at:.0%} of the dense model's")
