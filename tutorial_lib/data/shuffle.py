@@ -89,11 +89,11 @@ class ShuffledBatches:
             ValueError: if the order was another one, since "sample k" would mean something else; or if this is no
                 such state.
         """
+        expect(state, {"seen": int, "seed": int, "windows": int}, "batches")
         for name, mine in (("seed", self.seed), ("windows", len(self.windows))):
-            if state.get(name) != mine:
+            if state[name] != mine:
                 raise ValueError(
-                    f"the data do not go on where they stopped: {name} was {state.get(name)!r:.40} and is {mine}: "
+                    f"the data do not go on where they stopped: {name} was {state[name]} and is {mine}: "
                     "has train.seed or the text changed?"
                 )
-        expect(state, {"seen": int, "seed": int, "windows": int}, "batches")
         self.seen = state["seen"]

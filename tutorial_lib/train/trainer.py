@@ -168,7 +168,7 @@ class Trainer:
         model.load_state_dict({name: shard_like(t, own[name]) for name, t in state["model"].items()})
         self._load_optimizer(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
-        if self.ema is not None and state["ema"] is not None:
+        if self.ema is not None and state.get("ema") is not None:
             self.ema.load_state_dict(state["ema"])
         if rank() < len(state["rng"]):  # a process that was not there keeps its fresh seed
             set_rng_state(state["rng"][rank()])
@@ -203,24 +203,33 @@ class Trainer:
         if isinstance(self.optimizer, torch.optim.Optimizer):  # DeepSpeed's looks for itself
             moments, groups = _moments(self.optimizer)
             found = state["optimizer"]
-            if [group.get("params") for group in found["param_groups"]] != groups:
+            parameters = [group.get("params") for group in found["param_groups"]]
+            expect(parameters, [[int]], "the parameters of the optimizer's groups")
+            if parameters != groups:
                 raise ValueError(
                     "the optimizer's groups have other parameters than this run's: has train.optimizer changed?"
                 )
-            there = {i: Maybe(entry) for i, entry in moments.items()}  # what never had a gradient has none
+            there = {
+                i: entry for i, entry in moments.items() if i in found["state"]
+            }  # some never had a gradient
             expect(found["state"], there, "the optimizer's state")
 
 
 def _check_rng(found: dict[str, Any]) -> None:
     """Whether generators can be put there; numpy would read past the end of its numbers without a word."""
-    own = rng_state()
-    here = {name: own[name] for name in ("python", "numpy", "torch")}
-    rest = {name: Tensor for name in found if name not in here}  # what waits to be used; GPUs
-    expect(found, {**here, "python_gauss": Tensor, "numpy_gauss": Tensor, **rest}, "rng")
+    own, waiting = rng_state(), ("python_gauss", "numpy_gauss")
+    names = {"python", "numpy", "torch", *waiting, *found}  # GPUs, too
+    expect(found, {n: Tensor if n in waiting else own.get(n, Tensor) for n in sorted(names)}, "rng")
     for name in ("python", "numpy"):
         *words, place = found[name].tolist()
-        if not (0 <= min(words) <= max(words) < 2**32 and 0 <= place <= len(words)):
+        spare = found[f"{name}_gauss"]
+        sound = 0 <= min(words) <= max(words) < 2**32 and 0 <= place <= len(words)
+        if not sound or spare.ndim != 1 or len(spare) > 1 or not spare.is_floating_point():
             raise ValueError(f"rng.{name} holds numbers that no generator has")
+    try:
+        torch.Generator().set_state(found["torch"].cpu())
+    except RuntimeError:
+        raise ValueError("rng.torch holds numbers that no generator has") from None
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Tensor]], list[list[int]]]:
