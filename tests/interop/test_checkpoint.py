@@ -154,6 +154,10 @@ CLAIMS = {
     "a rope": {"rope_base": "x"},
     "a scaling": {"rope_scaling": {"kind": "llama3", "factor": "x"}},
     "another setting": {"n_experts": 9},
+    "a switch in words": {"tie_embeddings": "x"},
+    "an epsilon in words": {"norm_eps": "x"},
+    "no epsilon": {"norm_eps": 0},
+    "a dropout that is no number": {"dropout": float("nan")},
 }
 
 
@@ -202,7 +206,18 @@ def test_a_tree_without_weights_is_refused(good, tmp_path, tree):
 
 
 @pytest.mark.parametrize(
-    "about", ["[]", "5", '{"tokenizer": 3}', '{"run": []}', '{"tokenizer": {"a": 1}}', "{"]
+    "about",
+    [
+        '{"run": {"data": "x"}}',
+        '{"run": {"data": {}}}',
+        '{"run": {"train": {"seq_len": "x"}}}',
+        "[]",
+        "5",
+        '{"tokenizer": 3}',
+        '{"run": []}',
+        '{"tokenizer": {"a": 1}}',
+        "{",
+    ],
 )
 def test_notes_of_another_sort_are_refused(good, tmp_path, about):
     tree, header = load_tree(good)

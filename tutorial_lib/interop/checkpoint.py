@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,17 @@ def described(header: Mapping[str, str], path: object) -> tuple[Kind, dict[str, 
     """The kind of model that a checkpoint's header speaks of, and its settings: looked at before anything is built.
 
     Raises:
-        CheckpointError: if the header has no such thing, or a size that no model has.
+        CheckpointError: if the header has no such thing, or a value that no model has.
     """
     try:
         kind, settings = kind_named(header["kind"]), json.loads(header["config"])
         expect(settings, dict, "config")
+        for name, hint in get_type_hints(kind.config).items():
+            sorts = [sort for sort in get_args(hint) or (hint,) if sort is not NoneType]
+            if name in settings and len(sorts) == 1 and sorts[0] in (bool, int, float, str):
+                expect(settings[name], Maybe(sorts[0]) if get_args(hint) else sorts[0], f"config.{name}")
+                if name in ("norm_eps", "rope_base") and not 0 < settings[name] < 1e30:
+                    raise ValueError(f"config.{name} is {settings[name]}, but must be above 0")
     except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has no usable model configuration in its header: {error}") from None
     if (name := absurd(settings)) is not None:
@@ -86,9 +93,7 @@ def load_model(
             "the model",
         )
         about = json.loads(header.get("about", "{}"))
-        expect(about, dict, "about")
-        for name, wanted in (("tokenizer", str), ("run", dict), ("dataset", str)):
-            expect(about.get(name), Maybe(wanted), f"about.{name}")
+        _check_about(about)
         if averaged:
             tensors = {name.removeprefix("module."): t for name, t in tensors.items() if name != "n_averaged"}
         config = kind.config(**settings)
@@ -100,6 +105,20 @@ def load_model(
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path} has no usable model configuration in its header: {error}") from None
+        raise CheckpointError(f"{path} holds no usable model: {error}") from None
     model.load_state_dict(tensors)
     return model.to(device).eval(), about
+
+
+def _check_about(about: Any) -> None:
+    """Whether what a stranger noted is of the sort that a run notes: others look things up in it."""
+    expect(about, dict, "about")
+    for name, wanted in (("tokenizer", str), ("dataset", str), ("run", dict)):
+        expect(about.get(name), Maybe(wanted), f"about.{name}")
+    run = about.get("run") or {}
+    for table, name, wanted in (("data", "dataset", str), ("train", "seq_len", int)):
+        expect(run.get(table), Maybe(dict), f"about.run.{table}")
+        if run.get(table) is not None:
+            expect(run[table].get(name), wanted, f"about.run.{table}.{name}")
+    for name, wanted in (("val", str), ("tokenizer", str), ("val_fraction", float)):
+        expect((run.get("data") or {}).get(name), Maybe(wanted), f"about.run.data.{name}")
