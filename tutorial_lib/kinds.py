@@ -51,10 +51,17 @@ class Kind:
         """A model with fresh weights."""
         return self.model(self.config(**settings))
 
-    def outline(self, config: Any) -> nn.Module:
-        """The model without its weights: every parameter has its shape, and none has memory, if it can be made so."""
+    def outline(self, config: Any, most: int | None = None) -> nn.Module:
+        """The model without its weights: every parameter has its shape, and none has memory, if it can be made so.
+
+        Args:
+            most: Give up when it makes more tensors than this: a configuration may claim any number of layers.
+
+        Raises:
+            ValueError: if it does.
+        """
         try:
-            with _Outline():
+            with _Outline(most):
                 return self.model(config)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
@@ -69,6 +76,10 @@ class _Outline(TorchFunctionMode):
     loads its compiler, for more than a second, to do without them.
     """
 
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self.most, self.made = most, 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -76,6 +87,9 @@ class _Outline(TorchFunctionMode):
         if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
             func = torch.empty  # of a shape alone, all are the same
             kwargs["device"] = "meta"
+            self.made += 1
+            if self.most is not None and self.made > self.most:
+                raise ValueError(f"it claims more than {self.most:,} tensors, which is more than there are")
         if func in (torch.Tensor.mul, torch.Tensor.__mul__) and args[0].is_meta:
             return args[0]  # a table's scale; torch's own way loads the compiler, too
         return func(*args, **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import random
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -125,9 +126,14 @@ def _samples(shard: str) -> Iterator[dict[str, Any]]:
         def everything(source: Iterator[Any]) -> Iterator[Any]:
             return source  # TokenStream has dealt the files out
 
-        yield from wds.WebDataset(
+        stands = (
+            random.getstate()
+        )  # it draws a number when it is made: a resumed run would not stand where it stood
+        found = wds.WebDataset(
             [shard], shardshuffle=False, nodesplitter=everything, workersplitter=everything, empty_check=False
         )
+        random.setstate(stands)
+        yield from found
         return
     # A file is opened here: to webdataset a name such as `pipe:rm x.tar` is a command to run.
     from webdataset.tariterators import group_by_keys, tar_file_expander

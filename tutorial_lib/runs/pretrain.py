@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import ceil
 
 import torch
 from rich.console import Console
@@ -53,12 +54,15 @@ def _prepare(config: Config, start: Start) -> Work:
     objective, callbacks = with_balance(model, NextToken())
     trainer = make_trainer(config, model, objective, batches)
     val_batches = partial(spread_batches, source.val, train.seq_len, rows, train.eval_windows)
+    windows = min(train.eval_windows or len(source.val), (len(source.val) - 1) // train.seq_len)
+    looks = partial(start.through, of=ceil(windows / rows))
     return Work(
         trainer,
         header,
-        lambda judged: held_out(judged, val_batches(), trainer.objective),
+        lambda judged: held_out(judged, looks(val_batches()), trainer.objective),
         source.tokenizer,
         source.bytes_per_token(source.val),
         lambda folder: save_tokenizer(source, folder / "tokenizer.json", begin_with),
         callbacks,
+        also={"text": source},
     )
