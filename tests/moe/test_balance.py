@@ -186,11 +186,11 @@ def test_with_capacity_it_is_one_compiled_graph_and_the_same_step():
 
 # --- collapse, over three seeds -----------------------------------------------------------------------------
 
-STEPS = 250
+STEPS = 350
 REMEDIES = {
     "none": {"aux_loss_coef": 0.0},
-    "aux": {"aux_loss_coef": 0.1},
-    "aux and z": {"aux_loss_coef": 0.1, "z_loss_coef": 0.001},
+    "aux": {"aux_loss_coef": 0.2},
+    "aux and z": {"aux_loss_coef": 0.2, "z_loss_coef": 0.001},
     "bias": {"aux_loss_coef": 0.0, "bias_update_speed": 0.003},
 }
 
@@ -204,7 +204,15 @@ def largest_load(text: torch.Tensor, seed: int, settings: dict[str, float]) -> f
     """Of the last 20 steps: the largest load by the mean, the mean of the layers."""
     torch.manual_seed(seed)
     config = MoEConfig(
-        256, 32, 64, 4, n_layers=2, d_expert=64, experts_per_token=2, **{"z_loss_coef": 0.0, **settings}
+        256,
+        64,
+        64,
+        4,
+        n_layers=2,
+        d_expert=64,
+        experts_per_token=1,
+        renormalize=False,
+        **{"z_loss_coef": 0.0, **settings},
     )
     model = MoETransformer(config)
     nudge = NudgeBias(model, config.bias_update_speed) if config.bias_update_speed else None
@@ -213,7 +221,7 @@ def largest_load(text: torch.Tensor, seed: int, settings: dict[str, float]) -> f
     def batches():
         while True:
             rows = torch.stack(
-                [text[i : i + 33] for i in torch.randint(len(text) - 33, (16,), generator=draw)]
+                [text[i : i + 65] for i in torch.randint(len(text) - 65, (16,), generator=draw)]
             ).long()
             yield rows[:, :-1], rows[:, 1:]
 
@@ -235,6 +243,6 @@ def test_without_help_experts_are_forgotten_and_with_any_remedy_they_are_not(tex
     record_property("loads", loads)
     print(remedy, loads)
     if remedy == "none":
-        assert min(loads) >= 2.5, f"no collapse: {loads}"
+        assert min(loads) >= 3, f"no collapse: {loads}"
     else:
         assert max(loads) <= 1.5, f"{remedy} does not balance: {loads}"
