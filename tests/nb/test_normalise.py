@@ -215,6 +215,9 @@ def test_a_lesson_that_was_run_is_in_order_but_not_to_be_published(root: Path, c
     nb.cells[3].outputs = []
     write(path, nb)
     assert main([*options, "--published"]) == 1 and "has no outputs" in capsys.readouterr().out
+    nb.cells[3].outputs = [v4.new_output("stream", text="in /home/" + "anna/x.py")]
+    write(path, nb)
+    assert main([*options, "--published"]) == 1 and "a folder of one machine" in capsys.readouterr().out
     nb.cells[3].outputs = [v4.new_output("stream", text="x" * 600_001)]
     write(path, nb)
     assert main([*options, "--published"]) == 1 and "is larger than 600 KB" in capsys.readouterr().out

@@ -12,6 +12,7 @@ letter. exercises/ are written in this form by `make exercises`, and from then o
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from tutorial_lib.nb.graph import ROOT
 from tutorial_lib.nb.notebooks import dumps, notebooks, read_notebook, tree_of
 
 SIZE_LIMIT_KB = 600
+A_MACHINE = re.compile(r"/(work|root|tmp|home/\w+)/[\w.]|ipykernel_\d+")
 NOT_NORMAL = "is not in normal form, run: make notebooks"
 CELL_TIMEOUT = 300
 
@@ -114,6 +116,8 @@ def _faults(path: Path, root: Path, published: bool) -> list[str]:
             faults.append("has no outputs, so nobody can read it on the web: run it with --execute")
         if any(output.output_type == "error" for output in outputs):
             faults.append("shows an error that it does not catch: mend that cell, or catch the error in it")
+    if found := A_MACHINE.search(text):
+        faults.append(f"shows a folder of one machine ({found[0]}): print less of the path")
     if len(text.encode()) > SIZE_LIMIT_KB * 1000:
         faults.append(f"is larger than {SIZE_LIMIT_KB} KB: fewer or smaller pictures")
     return faults

@@ -1,0 +1,210 @@
+"""A learner works in this repository: solves, errs, plays, commits and pulls. The gates stay open, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tutorial_lib.nb.exercises import regenerate
+from tutorial_lib.nb.graph import ROOT
+from tutorial_lib.nb.stubs import STUB
+
+LESSON = "part_1_core_transformer/1_4_multi_head_attention.ipynb"
+PLAYED = "part_1_core_transformer/1_5_feed_forward.ipynb"
+MINE = "# my note: heads stand before time"
+READY = [
+    "make",
+    "-o",
+    ".venv/.ready",
+]  # the environment that runs this test is the one that `make setup` would make
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def run(folder: Path, *words: str, rc: int = 0, **more: str) -> str:
+    """Run a command in a clone, as its owner would; what it printed."""
+    foreign = ("GIT_", "MAKE", "MFLAGS", "PYTEST_", "PYTHONPATH")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    environment |= {"PRE_COMMIT_HOME": str(folder.parent / "hooks"), "OMP_NUM_THREADS": "1"} | more
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == rc, f"{' '.join(words)}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def commit_all(folder: Path, message: str) -> None:
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "commit", "-qm", message)
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory) -> Path:
+    """The repository as it stands here, as a repository of its own, with nobody's work in it."""
+    course = tmp_path_factory.mktemp("home") / "course"
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, done.stdout.split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("exercises/part_", ".venv")):
+            (course / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, course / name)
+    assert not regenerate(course).errors
+    run(course, "git", "init", "-q", "-b", "main")
+    _introduce(course)
+    commit_all(course, "feat: the course")
+    return course
+
+
+def _introduce(folder: Path) -> None:
+    run(folder, "git", "config", "user.name", "Somebody")
+    run(folder, "git", "config", "user.email", "somebody@example.org")
+
+
+@pytest.fixture
+def clone(course: Path, tmp_path: Path) -> Path:
+    """A learner's clone, set up."""
+    clone = tmp_path / "clone"
+    run(tmp_path, "git", "clone", "-q", str(course), str(clone))
+    _introduce(clone)
+    (clone / ".venv").symlink_to(sys.prefix)
+    (clone / ".git/info/exclude").write_text(".venv\n")  # which is a link here, and no folder
+    driver = re.search(r"git config merge\.notebook\.driver '(.*?)'", (clone / "Makefile").read_text())
+    run(clone, "git", "config", "merge.notebook.driver", driver[1].replace("$(PY)", ".venv/bin/python"))
+    return clone
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit(path: Path, change) -> None:
+    """Change a notebook with `change(cells)`, and save it as Jupyter does after a run: outputs, counts, its kernel."""
+    nb = read(path)
+    change(nb["cells"])
+    for count, cell in enumerate((c for c in nb["cells"] if c["cell_type"] == "code"), 4):
+        told = {"output_type": "stream", "name": "stdout", "text": ["in /home/anna/course\n"]}
+        cell |= {"execution_count": count, "outputs": [told]}
+        cell["metadata"]["execution"] = {"iopub.status.busy": "2026-01-01"}
+    error = {"output_type": "error", "ename": "KeyboardInterrupt", "evalue": "", "traceback": []}
+    nb["cells"][-1] |= {"outputs": [error]} if nb["cells"][-1]["cell_type"] == "code" else {}
+    nb["metadata"]["language_info"] = {"name": "python", "version": "3.13.1", "mimetype": "text/x-python"}
+    nb["metadata"]["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+    path.write_text(json.dumps(nb, indent=1), encoding="utf-8")
+
+
+def stubs_in(cells: list[dict]) -> list[dict]:
+    return [cell for cell in cells if cell["cell_type"] == "code" and STUB in "".join(cell["source"])]
+
+
+def sources(path: Path) -> dict[str, str]:
+    return {cell["id"]: "".join(cell["source"]) for cell in read(path)["cells"]}
+
+
+def work(clone: Path) -> dict[str, str]:
+    """One exercise solved, one wrong, the others left; a note; a lesson run. The cells that the learner wrote, by id."""
+    solved = sources(clone / "solutions" / LESSON)
+    mine: dict[str, str] = {}
+
+    def fill_in(cells: list[dict]) -> None:
+        right, wrong, *_ = stubs_in(cells)
+        right["source"] = solved[right["id"]]
+        wrong["source"] = "".join(wrong["source"]).replace(STUB, "return 42")
+        note = {"cell_type": "markdown", "id": "4d794e6f", "metadata": {}, "source": MINE}
+        cells.insert(cells.index(wrong) + 1, note)
+        mine.update({cell["id"]: cell["source"] for cell in (right, wrong, note)})
+
+    edit(clone / "exercises" / LESSON, fill_in)
+    edit(clone / "exercises" / PLAYED, lambda cells: None)
+    edit(clone / "chapters" / PLAYED, lambda cells: None)
+    for tree in ("chapters", "exercises"):
+        shutil.copy(clone / "exercises" / LESSON, (clone / tree / LESSON).with_name("Untitled.ipynb"))
+    return mine
+
+
+def news(course: Path) -> tuple[str, str]:
+    """The course goes on, in the solved exercise's statement, in one that is left, in a lesson. A branch; the new text."""
+    branch, text = f"news-{len(run(course, 'git', 'branch').splitlines())}", "The course has something new."
+    run(course, "git", "switch", "-qc", branch, "main")
+    for tree in ("solutions", "chapters"):
+        for name in (LESSON, PLAYED):
+            nb = read(course / tree / name)
+            for cell in nb["cells"][1:]:
+                if cell["cell_type"] == "markdown":
+                    cell["source"] = "".join(cell["source"]) + f"\n\n{text}"
+                elif tree == "solutions" and "### BEGIN SOLUTION" in "".join(cell["source"]):
+                    cell["source"] = re.sub('"""', f'"""{text} ', "".join(cell["source"]), count=1)
+            (course / tree / name).write_text(json.dumps(nb), encoding="utf-8")
+    run(course, sys.executable, "-m", "tutorial_lib.nb.normalise")
+    run(course, sys.executable, "-m", "tutorial_lib.nb.exercises")
+    commit_all(course, "feat: news")
+    return branch, text
+
+
+@pytest.mark.slow
+def test_the_gates_are_open_to_a_learner(clone: Path):
+    """lint, the tests that look at the notebooks, and a commit through the hooks, which changes nothing of the work."""
+    work(clone)
+    before = (clone / "exercises" / LESSON).read_bytes()
+    run(clone, *READY, "lint")
+    looked_at = [
+        "tests/test_house.py",
+        "tests/nb",
+        "tests/checks/test_exercises.py",
+        "tests/checks/test_checker.py",
+    ]
+    chosen = "house or real or stub_is or chapter_with or json_and or grading_at_the_same"
+    words = ["-p", "no:cacheprovider", "-m", "not slow", "-k", chosen, *looked_at]
+    out = run(clone, ".venv/bin/python", "-m", "pytest", *words)
+    assert "passed" in out and "failed" not in out
+    assert "1 passed" in run(clone, *READY, "check-chapter", "1", rc=2)
+    run(clone, ".venv/bin/python", "-m", "pre_commit", "install")
+    run(clone, "git", "commit", "-qam", "1.4: two of three")
+    assert (clone / "exercises" / LESSON).read_bytes() == before
+    assert run(clone, "git", "status", "--porcelain") == ""
+
+
+@pytest.mark.slow
+def test_what_is_published_holds_nobodys_work(clone: Path):
+    run(clone, *READY, "lint", "ARGS=--published")
+    work(clone)
+    out = run(clone, *READY, "-k", "lint", "ARGS=--published", rc=2)
+    assert f"chapters/{PLAYED} is not in normal form" in out and "a folder of one machine" in out
+    for words in (["normalise", "--published"], ["exercises", "--published"]):
+        out = run(clone, ".venv/bin/python", "-m", f"tutorial_lib.nb.{words[0]}", *words[1:], rc=1)
+    assert f"exercises/{LESSON} holds your work" in out
+    assert f"exercises/{PLAYED} differs from what its solution generates" in out
+
+
+UPDATES = {
+    "make update": [*READY, "update"],
+    "git pull --rebase": ["git", "pull", "-q", "--rebase", "--autostash", "origin", "HEAD"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("committed", [True, False], ids=["committed", "not committed"])
+@pytest.mark.parametrize("how", UPDATES)
+def test_news_come_in_around_the_work(course: Path, clone: Path, how: str, committed: bool):
+    mine = work(clone)
+    if committed:
+        run(clone, "git", "switch", "-qc", "mine")
+        run(clone, "git", "commit", "-qam", "1.4: two of three")
+    _, text = news(course)
+    run(clone, *UPDATES[how])
+    assert not re.search(r"^(UU|AA|U|.U)", run(clone, "git", "status", "--porcelain"), re.MULTILINE)
+    here, there = sources(clone / "exercises" / LESSON), sources(course / "exercises" / LESSON)
+    assert {name: here[name] for name in mine} == mine, "what the learner wrote is there to the letter"
+    others = {name: source for name, source in here.items() if name not in mine}
+    assert others == {name: source for name, source in there.items() if name not in mine}
+    assert any("def " in source and text in source for source in others.values()), "one that was left"
+    assert sources(clone / "exercises" / PLAYED) == sources(course / "exercises" / PLAYED)
+    assert sources(clone / "chapters" / PLAYED) == sources(course / "chapters" / PLAYED)
+    assert "anna" in (clone / "chapters" / PLAYED).read_text(), "and what the lesson had printed"
+    run(clone, ".venv/bin/python", "-m", "tutorial_lib.nb.normalise", "--check")
+    run(clone, ".venv/bin/python", "-m", "tutorial_lib.nb.exercises", "--check")
