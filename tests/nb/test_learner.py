@@ -3,80 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tutorial_lib.nb.exercises import regenerate
-from tutorial_lib.nb.graph import ROOT
+from tests.clones import READY, commit_all, make_clone, make_course, run
 from tutorial_lib.nb.stubs import STUB
 
 LESSON = "part_1_core_transformer/1_4_multi_head_attention.ipynb"
 PLAYED = "part_1_core_transformer/1_5_feed_forward.ipynb"
 MINE = "# my note: heads stand before time"
-READY = [
-    "make",
-    "-o",
-    ".venv/.ready",
-]  # the environment that runs this test is the one that `make setup` would make
-pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-
-
-def run(folder: Path, *words: str, rc: int = 0, **more: str) -> str:
-    """Run a command in a clone, as its owner would; what it printed."""
-    foreign = ("GIT_", "MAKE", "MFLAGS", "PYTEST_", "PYTHONPATH")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
-    environment |= {"PRE_COMMIT_HOME": str(folder.parent / "hooks"), "OMP_NUM_THREADS": "1"} | more
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == rc, f"{' '.join(words)}:\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-def commit_all(folder: Path, message: str) -> None:
-    run(folder, "git", "add", "--all")
-    run(folder, "git", "commit", "-qm", message)
 
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory) -> Path:
-    """The repository as it stands here, as a repository of its own, with nobody's work in it."""
-    course = tmp_path_factory.mktemp("home") / "course"
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    for name in filter(None, done.stdout.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith(("exercises/part_", ".venv")):
-            (course / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, course / name)
-    assert not regenerate(course).errors
-    run(course, "git", "init", "-q", "-b", "main")
-    _introduce(course)
-    commit_all(course, "feat: the course")
-    return course
-
-
-def _introduce(folder: Path) -> None:
-    run(folder, "git", "config", "user.name", "Somebody")
-    run(folder, "git", "config", "user.email", "somebody@example.org")
+    return make_course(tmp_path_factory.mktemp("home") / "course")
 
 
 @pytest.fixture
 def clone(course: Path, tmp_path: Path) -> Path:
-    """A learner's clone, set up."""
-    clone = tmp_path / "clone"
-    run(tmp_path, "git", "clone", "-q", str(course), str(clone))
-    _introduce(clone)
-    (clone / ".venv").symlink_to(sys.prefix)
-    (clone / ".git/info/exclude").write_text(".venv\n")  # which is a link here, and no folder
-    driver = re.search(r"git config merge\.notebook\.driver '(.*?)'", (clone / "Makefile").read_text())
-    run(clone, "git", "config", "merge.notebook.driver", driver[1].replace("$(PY)", ".venv/bin/python"))
-    return clone
+    return make_clone(course, tmp_path / "clone")
 
 
 def read(path: Path) -> dict:
