@@ -125,7 +125,7 @@ def _faults(path: Path, root: Path, published: bool) -> list[str]:
 
 def _as_written(nb: NotebookNode) -> list[tuple]:
     """What people write in a notebook, and a run does not."""
-    return [(cell.get("id"), cell.cell_type, cell.source, tags_of(cell)) for cell in nb.cells]
+    return [(cell.cell_type, cell.source, tags_of(cell)) for cell in nb.cells]
 
 
 def main(argv: list[str] | None = None) -> int:
