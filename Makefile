@@ -80,7 +80,10 @@ progress: setup ## what is done, what is next
 	@$(PY) -m tutorial_lib.checks progress $(ARGS)
 
 update: setup ## what is new in the course, around your own work  (FROM=upstream, where origin is your fork)
-	git pull --no-rebase --no-edit --autostash $(or $(FROM),origin) HEAD
+	@git pull --no-rebase --no-edit --autostash $(or $(FROM),origin) HEAD; ended=$$?; \
+	both=$$(git diff --name-only --diff-filter=U); test -z "$$both" || { \
+	  echo "You and the course both rewrote a cell in: $$both"; \
+	  echo "Both texts are in that cell: open it, choose what stays, then git commit --all."; exit 1; }; exit $$ended
 
 export: setup ## write tutorial_lib from the lessons  (ARGS=--check only compares)
 	$(PY) -m tutorial_lib.nb.export $(ARGS)

@@ -16,15 +16,21 @@ from tutorial_lib.nb.stubs import STUB
 LESSON = "part_1_core_transformer/1_4_multi_head_attention.ipynb"
 PLAYED = "part_1_core_transformer/1_5_feed_forward.ipynb"
 MINE = "# my note: heads stand before time"
+NEWS = "The course has something new."
 
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory) -> Path:
-    return make_course(tmp_path_factory.mktemp("home") / "course")
+    """The course, and a branch of it with what is new."""
+    course = make_course(tmp_path_factory.mktemp("home") / "course")
+    run(course, "git", "switch", "-qc", "news")
+    write_news(course)
+    return course
 
 
 @pytest.fixture
 def clone(course: Path, tmp_path: Path) -> Path:
+    run(course, "git", "switch", "-q", "main")  # before any news
     return make_clone(course, tmp_path / "clone")
 
 
@@ -76,23 +82,20 @@ def work(clone: Path) -> dict[str, str]:
     return mine
 
 
-def news(course: Path) -> tuple[str, str]:
-    """The course goes on, in the solved exercise's statement, in one that is left, in a lesson. A branch; the new text."""
-    branch, text = f"news-{len(run(course, 'git', 'branch').splitlines())}", "The course has something new."
-    run(course, "git", "switch", "-qc", branch, "main")
+def write_news(course: Path) -> None:
+    """The course goes on: in every statement, every docstring of an exercise, in the lessons."""
     for tree in ("solutions", "chapters"):
         for name in (LESSON, PLAYED):
             nb = read(course / tree / name)
             for cell in nb["cells"][1:]:
                 if cell["cell_type"] == "markdown":
-                    cell["source"] = "".join(cell["source"]) + f"\n\n{text}"
+                    cell["source"] = "".join(cell["source"]) + f"\n\n{NEWS}"
                 elif tree == "solutions" and "### BEGIN SOLUTION" in "".join(cell["source"]):
-                    cell["source"] = re.sub('"""', f'"""{text} ', "".join(cell["source"]), count=1)
+                    cell["source"] = re.sub('"""', f'"""{NEWS} ', "".join(cell["source"]), count=1)
             (course / tree / name).write_text(json.dumps(nb), encoding="utf-8")
     run(course, sys.executable, "-m", "tutorial_lib.nb.normalise")
     run(course, sys.executable, "-m", "tutorial_lib.nb.exercises")
     commit_all(course, "feat: news")
-    return branch, text
 
 
 @pytest.mark.slow
@@ -144,16 +147,39 @@ def test_news_come_in_around_the_work(course: Path, clone: Path, how: str, commi
     if committed:
         run(clone, "git", "switch", "-qc", "mine")
         run(clone, "git", "commit", "-qam", "1.4: two of three")
-    _, text = news(course)
+    run(course, "git", "switch", "-q", "news")
+    assert NEWS not in (clone / "exercises" / LESSON).read_text()
     run(clone, *UPDATES[how])
     assert not re.search(r"^(UU|AA|U|.U)", run(clone, "git", "status", "--porcelain"), re.MULTILINE)
     here, there = sources(clone / "exercises" / LESSON), sources(course / "exercises" / LESSON)
     assert {name: here[name] for name in mine} == mine, "what the learner wrote is there to the letter"
     others = {name: source for name, source in here.items() if name not in mine}
     assert others == {name: source for name, source in there.items() if name not in mine}
-    assert any("def " in source and text in source for source in others.values()), "one that was left"
+    assert any("def " in source and NEWS in source for source in others.values()), "one that was left"
     assert sources(clone / "exercises" / PLAYED) == sources(course / "exercises" / PLAYED)
     assert sources(clone / "chapters" / PLAYED) == sources(course / "chapters" / PLAYED)
     assert "anna" in (clone / "chapters" / PLAYED).read_text(), "and what the lesson had printed"
     run(clone, ".venv/bin/python", "-m", "tutorial_lib.nb.normalise", "--check")
     run(clone, ".venv/bin/python", "-m", "tutorial_lib.nb.exercises", "--check")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("committed", [True, False], ids=["committed", "not committed"])
+def test_a_cell_that_both_rewrote_holds_both_texts(course: Path, clone: Path, committed: bool):
+    path = clone / "exercises" / LESSON
+
+    def annotate(cells: list[dict]) -> None:
+        task = next(cell for cell in cells if "## 1.4.a" in "".join(cell["source"]))
+        task["source"] = "".join(task["source"]) + "\n\nin my own words"
+
+    edit(path, annotate)
+    if committed:
+        run(clone, "git", "commit", "-qam", "in my own words")
+    run(course, "git", "switch", "-q", "news")
+    out = run(clone, *READY, "update", rc=2)
+    assert f"both rewrote a cell in: exercises/{LESSON}" in out and "choose what stays" in out
+    [both] = [source for source in sources(path).values() if "<<<<<<<" in source]
+    assert NEWS in both and "in my own words" in both
+    edit(path, lambda cells: None)  # as after a choice
+    run(clone, "git", "commit", "-qam", "chosen")
+    assert run(clone, *READY, "update") and run(clone, "git", "status", "--porcelain") == ""
