@@ -1,12 +1,30 @@
-"""What all tests share: no deadlines for hypothesis, and the kill rate of the mutants at the end of a run."""
+"""What all tests share: fresh exercises, no deadlines for hypothesis, and at the end the kill rate of the mutants."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from tutorial_lib.nb.exercises import regenerate
+from tutorial_lib.nb.graph import ROOT
 
 # Time is reported, never asserted: a slow machine is not a failure.
 settings.register_profile("course", deadline=None)
 settings.load_profile("course")
+
+
+@pytest.fixture(scope="session")
+def fresh_exercises(tmp_path_factory) -> Path:
+    """exercises/ as its solutions give it: what stands in the repository may hold a learner's work."""
+    course = tmp_path_factory.mktemp("course")
+    shutil.copytree(ROOT / "solutions", course / "solutions")
+    shutil.copy(ROOT / "pyproject.toml", course)
+    done = regenerate(course)
+    assert not done.errors, done.errors
+    return course / "exercises"
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -414,23 +414,23 @@ def test_a_wheel_brings_the_gradings_along(tmp_path):
 # ── the command line ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def copy_tree(tree: str, to: Path) -> Path:
+def copy_tree(tree: str | Path, to: Path) -> Path:
     shutil.copytree(ROOT / tree, to / "exercises")
     return to / "exercises"
 
 
 @pytest.mark.parametrize("part", sorted({e.part for e in all_exercises().values()}))
-def test_chapter_with_solutions_passes_and_pristine_is_not_started(part, tmp_path, capsys):
+def test_chapter_with_solutions_passes_and_pristine_is_not_started(part, fresh_exercises, tmp_path, capsys):
     n = sum(e.part == part for e in all_exercises().values())
     assert main(["chapter", str(part), "--tree", str(copy_tree("solutions", tmp_path / "s"))]) == 0
     assert f"{n} passed" in capsys.readouterr().out
-    assert main(["chapter", str(part), "--tree", str(copy_tree("exercises", tmp_path / "e"))]) == 1
+    assert main(["chapter", str(part), "--tree", str(copy_tree(fresh_exercises, tmp_path / "e"))]) == 1
     out = capsys.readouterr().out
     assert f"Chapter {part}: {n} not started" in out and "✗" not in out
 
 
-def test_json_and_exit_codes(tmp_path, capsys):
-    tree = copy_tree("exercises", tmp_path)
+def test_json_and_exit_codes(fresh_exercises, tmp_path, capsys):
+    tree = copy_tree(fresh_exercises, tmp_path)
     assert main(["chapter", "1", "--tree", str(tree), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert {e["status"] for e in found["exercises"]} == {"not started"}

@@ -32,7 +32,7 @@ def one_thread():
     torch.set_num_threads(1)  # grading forks
 
 
-def notebook(exercise: Exercise, tree: str) -> Path:
+def notebook(exercise: Exercise, tree: str | Path) -> Path:
     path = notebook_of(exercise.lesson, ROOT / tree)
     assert path is not None, f"lesson {exercise.lesson} has no notebook in {tree}/"
     return path
@@ -52,8 +52,8 @@ def test_the_reference_has_the_properties_that_it_asks_for(exercise: Exercise, p
 
 
 @each_exercise
-def test_the_stub_is_not_started(exercise: Exercise):
-    [result] = grade_notebook(notebook(exercise, "exercises"), [exercise])
+def test_the_stub_is_not_started(exercise: Exercise, fresh_exercises: Path):
+    [result] = grade_notebook(notebook(exercise, fresh_exercises), [exercise])
     assert result.status == "not started", repr(result)
 
 
@@ -105,10 +105,10 @@ def test_the_text_is_complete(exercise: Exercise):
 
 def test_every_lesson_has_its_grading_at_the_same_path():
     def tails(tree: str, ending: str) -> list[Path]:
-        return sorted(p.relative_to(ROOT / tree).with_suffix("") for p in (ROOT / tree).rglob(f"*{ending}"))
+        files = (p.relative_to(ROOT / tree).with_suffix("") for p in (ROOT / tree).rglob(f"[0-9]*{ending}"))
+        return sorted(tail for tail in files if ".ipynb_checkpoints" not in tail.parts)
 
-    lessons = [tail for tail in tails("chapters", ".ipynb") if ".ipynb_checkpoints" not in tail.parts]
-    assert tails("grading", ".py") == lessons
+    assert tails("grading", ".py") == tails("chapters", ".ipynb")
 
 
 @pytest.mark.parametrize("file", grading_files().values(), ids=grading_files())

@@ -280,7 +280,7 @@ def test_a_missing_package_is_one_sentence(package, call, tmp_path, monkeypatch)
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r'llm-from-scratch\[data\]"$'):
+    with pytest.raises(ImportError, match=rf"{package}: pip install (python-)?{package}$"):
         call(tmp_path)
 
 

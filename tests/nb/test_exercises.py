@@ -73,6 +73,14 @@ def manifest(root: Path) -> dict:
     return json.loads((root / "exercises/manifest.json").read_text())["notebooks"]
 
 
+STAMPED = ("colab", "setup")
+
+
+def written(root: Path) -> list[str]:
+    """The sources of the exercise's cells, but for those that are stamped."""
+    return [cell.source for cell in exercise(root).cells if cell.id not in STAMPED]
+
+
 def work(root: Path, edit=None) -> str:
     """Let a learner solve the exercise; the file's text."""
     nb = exercise(root)
@@ -271,7 +279,7 @@ def test_nbgrader_missing_is_one_sentence(repo, monkeypatch, capsys):
     monkeypatch.setattr(builtins, "__import__", without_nbgrader)
     assert run(repo) == 1
     err = capsys.readouterr().err.strip()
-    assert "pip install 'llm-from-scratch[dev]'" in err and "\n" not in err
+    assert "pip install nbgrader" in err and "\n" not in err
 
 
 # --- the digests --------------------------------------------------------------------------------------------
@@ -327,10 +335,7 @@ def test_stub_digest_is_the_same_on_every_python():
 def test_the_manifest_knows_each_stub(repo):
     nb = exercise(repo)
     nbformat.validate(nb)
-    assert [cell.source for cell in nb.cells if "setup" not in cell.metadata.get("tags", [])] == [
-        "# Adding",
-        STUB_OF_ADD,
-    ]
+    assert written(repo) == ["# Adding", STUB_OF_ADD]
     digest = stub_digest(STUB_OF_ADD)
     assert manifest(repo) == {NAME: {"sha256": cells_digest(nb), "stubs": {"add": digest}}}
     assert digest != stub_digest(ADD)
@@ -389,7 +394,9 @@ def test_a_learners_work_is_never_overwritten(repo, capsys):
         assert "move it away" in out and out.count("\n") == 1
     assert (repo / "exercises" / NAME).read_text() == mine
     assert manifest(repo) == old, "the checker compares this file with the stub it grew from"
-    assert run(repo, "--check") == 1
+    assert run(repo, "--check") == 0 and capsys.readouterr().out == "", "a learner's work is no fault"
+    assert run(repo, "--published") == 1 and "holds your work" in capsys.readouterr().out
+    assert (repo / "exercises" / NAME).read_text() == mine
 
     (repo / "exercises" / NAME).rename(repo / "mine.ipynb")
     assert run(repo) == 0
@@ -473,13 +480,25 @@ def test_stale_with_work_is_left(repo, capsys):
     (repo / "solutions" / NAME).unlink()
     assert run(repo) == 0 and "left alone" in capsys.readouterr().out
     assert (repo / "exercises" / NAME).read_text() == mine and manifest(repo) == old
-    assert run(repo, "--check") == 1
+    assert run(repo, "--check") == 0 and run(repo, "--published") == 1
 
 
 def test_a_notebook_of_the_learners_own_is_left(repo):
     write(repo / "exercises/scratch.ipynb", solution("1 + 1"))
     before = snapshot(repo)
-    assert run(repo) == 0 and snapshot(repo) == before
+    assert run(repo) == 0 and run(repo, "--check") == 0 and run(repo, "--published") == 1
+    assert snapshot(repo) == before
+
+
+def test_a_stub_that_was_only_run_is_no_drift_until_its_solution_changes(repo, capsys):
+    nb = exercise(repo)
+    nb.cells[-1].outputs, nb.cells[-1].execution_count = [nbformat.v4.new_output("stream", text="3")], 4
+    write(repo / "exercises" / NAME, nb)
+    assert run(repo, "--check") == 0 and run(repo, "--published") == 1
+    write(repo / "solutions" / NAME, solution(ADD.replace("add", "plus")))
+    capsys.readouterr()
+    assert run(repo, "--check") == 1
+    assert f"exercises/{NAME} differs from what its solution generates" in capsys.readouterr().out
 
 
 def test_check_finds_a_missing_exercise_and_a_wrong_manifest(repo, capsys):

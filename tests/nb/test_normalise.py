@@ -72,21 +72,22 @@ def test_metadata_ids_and_counts_have_one_form(root: Path) -> None:
         "language_info": {"name": "python"},
     }
     assert (nb.nbformat, nb.nbformat_minor) == (4, 5)
-    assert [cell.id for cell in nb.cells][:4] == ["title", "setup", "c03", "c04"]
-    assert [dict(cell.metadata) for cell in nb.cells] == [{}, {"tags": ["setup"]}, {"tags": ["keep"]}, {}, {}]
+    assert [cell.id for cell in nb.cells][:5] == ["colab", "title", "setup", "c04", "c05"]
+    tags = [["colab"], None, ["setup"], ["keep"], None, None]
+    assert [dict(cell.metadata) for cell in nb.cells] == [{"tags": t} if t else {} for t in tags]
     counts = [cell.execution_count for cell in nb.cells if cell.cell_type == "code"]
-    assert counts == [None, 2, None] and nb.cells[2].outputs[-1].execution_count == 2
+    assert counts == [None, 2, None] and nb.cells[3].outputs[-1].execution_count == 2
 
 
 def test_ids_stay_when_a_cell_is_inserted_above(root: Path) -> None:
     nb = normalise(messy(), "chapters", root)
     before = [cell.id for cell in nb.cells]
-    nb.cells.insert(1, v4.new_markdown_cell("new", id="new"))
+    nb.cells.insert(2, v4.new_markdown_cell("new", id="new"))
     assert [cell.id for cell in normalise(nb, "chapters", root).cells if cell.id != "new"] == before
 
 
 def test_outputs_stay_in_lessons_only(root: Path) -> None:
-    lesson = normalise(messy(), "chapters", root).cells[2]
+    lesson = normalise(messy(), "chapters", root).cells[3]
     assert [output.output_type for output in lesson.outputs] == ["stream", "execute_result"]
     assert lesson.outputs[0].text == "1\n2\n"  # one stream, however the kernel flushed it
     for tree in ("solutions", "exercises"):
@@ -97,7 +98,7 @@ def test_outputs_stay_in_lessons_only(root: Path) -> None:
 def test_no_other_source_changes(root: Path, tree: str) -> None:
     nb = messy()
     after = normalise(nb, tree, root)
-    assert [c.source for c in after.cells if c.id != "setup"] == [c.source for c in nb.cells]
+    assert [c.source for c in after.cells if c.id not in ("colab", "setup")] == [c.source for c in nb.cells]
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -105,19 +106,29 @@ def test_the_setup_cell_is_stamped_renewed_and_first(root: Path, tree: str) -> N
     nb = normalise(messy(), tree, root)
     first = next(cell for cell in nb.cells if cell.cell_type == "code")
     assert first.source == setup_source(root) and first.metadata.tags == ["setup"]
-    assert first.source.endswith("%pip install -q git+https://example.org/a/b")
+    assert '"llm-from-scratch[lessons] @ git+https://example.org/a/b"' in first.source
     first.source = first.source.replace("example.org", "old.example.org")
     renewed = normalise(nb, tree, root)
-    assert renewed.cells[1].source == setup_source(root) and len(renewed.cells) == len(nb.cells)
+    assert renewed.cells[2].source == setup_source(root) and len(renewed.cells) == len(nb.cells)
+
+
+def test_the_badge_is_first_and_leads_to_the_notebook_that_it_stands_in(root: Path) -> None:
+    (root / "pyproject.toml").write_text('[project.urls]\nRepository = "https://github.com/a/b"\n')
+    nb = normalise(messy(), "solutions/part_1/1_1_x.ipynb", root)
+    nb = normalise(nb, "exercises/part_1/1_1_x.ipynb", root)
+    there = "https://colab.research.google.com/github/a/b/blob/main/exercises/part_1/1_1_x.ipynb"
+    badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    assert nb.cells[0].source == f"{badge}({there})" and nb.cells[0].cell_type == "markdown"
+    assert sum("colab.research" in cell.source for cell in nb.cells) == 1
 
 
 def test_a_learners_lines_in_the_setup_cell_survive(root: Path) -> None:
     nb = normalise(messy(), "exercises", root)
-    nb.cells[1].source = setup_source(root).replace("example.org", "old.org") + "\nimport mine"
-    assert normalise(nb, "exercises", root).cells[1].source == setup_source(root) + "\nimport mine"
-    nb.cells[1].source = "all = 'mine'"
-    assert normalise(nb, "exercises", root).cells[1].source == "all = 'mine'"
-    assert normalise(nb, "chapters", root).cells[1].source == setup_source(root)
+    nb.cells[2].source = setup_source(root).replace("example.org", "old.org") + "\nimport mine"
+    assert normalise(nb, "exercises", root).cells[2].source == setup_source(root) + "\nimport mine"
+    nb.cells[2].source = "all = 'mine'"
+    assert normalise(nb, "exercises", root).cells[2].source == "all = 'mine'"
+    assert normalise(nb, "chapters", root).cells[2].source == setup_source(root)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +137,7 @@ def test_a_learners_lines_in_the_setup_cell_survive(root: Path) -> None:
 )
 def test_the_setup_cell_finds_its_place(root: Path, cells: list[str], where: int) -> None:
     nb = v4.new_notebook(cells=[getattr(v4, f"new_{kind}_cell")("x") for kind in cells])
-    assert normalise(nb, "chapters", root).cells[where].id == "setup"
+    assert normalise(nb, "chapters", root).cells[where + 1].id == "setup"
 
 
 def widget_notebook(slider: str, layout: str, link: str) -> NotebookNode:
@@ -146,10 +157,10 @@ def test_widget_state_is_kept_under_stable_ids(root: Path) -> None:
     one = normalise(widget_notebook("a" * 32, "b" * 32, "c" * 32), "chapters", root)
     two = normalise(widget_notebook("f" * 32, "1" * 32, "0" * 31 + "1"), "chapters", root)
     for nb in (one, two):
-        nb.cells[1].id = "same"
+        nb.cells[2].id = "same"
     assert dumps(one) == dumps(two)
     state = one.metadata.widgets[STATE].state
-    shown = state[one.cells[1].outputs[0].data[VIEW].model_id]
+    shown = state[one.cells[2].outputs[0].data[VIEW].model_id]
     assert shown.model_name == "IntSlider"
     assert state[shown.state.layout.removeprefix("IPY_MODEL_")].model_name == "Layout"
     assert dumps(normalise(one, "chapters", root)) == dumps(one)
@@ -167,20 +178,52 @@ def test_ids_are_stable_in_files_without_ids(root: Path) -> None:
         del cell["id"]
     path = root / "chapters/part_1/1_1_x.ipynb"
     path.write_text(json.dumps({**nb, "nbformat_minor": 4}))
-    assert [c.id for c in normalise(read_notebook(path), "chapters", root).cells][2:] == ["c03", "c04", "c05"]
+    assert [c.id for c in normalise(read_notebook(path), "chapters", root).cells][3:] == ["c04", "c05", "c06"]
 
 
 def test_check_lists_and_writes_nothing(root: Path, capsys) -> None:
     paths = [write(root / tree / "part_1/1_1_x.ipynb", messy()) for tree in TREES]
     before = [path.read_text() for path in paths]
     options = ["--root", str(root)]
-    assert main([*options, "--check"]) == 1
-    assert [path.read_text() for path in paths] == before
-    out = capsys.readouterr().out
-    assert all(f"{tree}/part_1/1_1_x.ipynb is not in normal form" in out for tree in TREES)
+    for how in ("--check", "--published"):
+        assert main([*options, how]) == 1
+        assert [path.read_text() for path in paths] == before
+        out = capsys.readouterr().out
+        assert all(f"{tree}/part_1/1_1_x.ipynb is not in normal form" in out for tree in TREES[:2])
+        assert "exercises" not in out, "they are the learner's"
     assert main([*options, str(paths[0])]) == 0  # only the one named
     assert [path.read_text() == old for path, old in zip(paths, before, strict=True)] == [False, True, True]
-    assert main(options) == 0 and main([*options, "--check"]) == 0
+    assert main(options) == 0 and main([*options, "--check"]) == 0 and main([*options, "--published"]) == 0
+    assert paths[2].read_text() == before[2]
+
+
+def test_a_lesson_that_was_run_is_in_order_but_not_to_be_published(root: Path, capsys) -> None:
+    path = root / "chapters/part_1/1_1_x.ipynb"
+    write(path, normalise(messy(), "chapters/part_1/1_1_x.ipynb", root))
+    options = ["--root", str(root)]
+    assert main([*options, "--published"]) == 0
+    nb = read_notebook(path)
+    nb.cells[3].execution_count, nb.metadata.language_info.version = 12, "3.13.1"
+    nb.cells[3].outputs = [v4.new_output("error", ename="KeyboardInterrupt", evalue="", traceback=[])]
+    write(path, nb)
+    write(root / "chapters/part_1/Untitled.ipynb", messy())
+    assert main([*options, "--check"]) == 0
+    capsys.readouterr()
+    assert main([*options, "--published"]) == 1
+    out = capsys.readouterr().out
+    assert "is not in normal form" in out and "shows an error" in out and "Untitled" not in out
+    nb.cells[3].outputs = []
+    write(path, nb)
+    assert main([*options, "--published"]) == 1 and "has no outputs" in capsys.readouterr().out
+    nb.cells[3].outputs = [v4.new_output("stream", text="in /home/" + "anna/x.py")]
+    write(path, nb)
+    assert main([*options, "--published"]) == 1 and "a folder of one machine" in capsys.readouterr().out
+    nb.cells[3].outputs = [v4.new_output("stream", text="x" * 600_001)]
+    write(path, nb)
+    assert main([*options, "--published"]) == 1 and "is larger than 600 KB" in capsys.readouterr().out
+    nb.cells[2].source += " "
+    write(path, nb)
+    assert main([*options, "--check"]) == 1, "a setup cell that is not the course's"
 
 
 def test_what_cannot_be_normalised_is_one_sentence(root: Path, capsys) -> None:

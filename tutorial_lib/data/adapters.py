@@ -94,9 +94,7 @@ class HuggingFaceTokenizer(_ByBytes):
         try:
             import tokenizers
         except ImportError:
-            raise ImportError(
-                f"{path} needs the package tokenizers: pip install 'llm-from-scratch[interop]'"
-            ) from None
+            raise ImportError(f"{path} needs the package tokenizers: pip install tokenizers") from None
         try:
             known = tokenizers.Tokenizer.from_file(str(path))
         except (KeyboardInterrupt, SystemExit):

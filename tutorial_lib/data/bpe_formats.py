@@ -66,9 +66,7 @@ def make_huggingface(
     try:
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
-        raise ImportError(
-            "to_huggingface needs the package tokenizers: pip install 'llm-from-scratch[interop]'"
-        ) from error
+        raise ImportError("to_huggingface needs the package tokenizers: pip install tokenizers") from error
     characters = gpt2_characters()
 
     def written(token: bytes) -> str:

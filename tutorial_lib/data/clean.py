@@ -174,7 +174,7 @@ class NearDuplicates:
             from datasketch import MinHash, MinHashLSH
         except ImportError as error:
             raise ImportError(
-                'near-duplicates need the package datasketch: pip install "llm-from-scratch[data]"'
+                "near-duplicates need the package datasketch: pip install datasketch"
             ) from error
         # Every candidate is compared, so a false alarm costs a moment and a miss is for good: mind the misses.
         table = MinHashLSH(self.threshold, self.num_perm, weights=(0.1, 0.9))

@@ -33,7 +33,7 @@ _IP = re.compile(
 
 
 def _need(package: str, error: ImportError) -> ImportError:
-    return ImportError(f'scrubbing needs the package {package}: pip install "llm-from-scratch[data]"')
+    return ImportError(f"scrubbing needs the package {package}: pip install {package}")
 
 
 def emails(text: str, region: str) -> Iterator[Span]:

@@ -25,9 +25,7 @@ def _webdataset() -> Any:
     try:
         import webdataset
     except ImportError as error:
-        raise ImportError(
-            'tar shards need the package webdataset: pip install "llm-from-scratch[data]"'
-        ) from error
+        raise ImportError("tar shards need the package webdataset: pip install webdataset") from error
     return webdataset
 
 
@@ -64,7 +62,7 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
     Raises:
         ValueError: for any other kind of address; `pipe:` and its like would run a program.
         FileNotFoundError: if a path or pattern matches nothing.
-        ImportError: if webdataset is missing; the message names the extra.
+        ImportError: if webdataset is missing; the message says how to get it.
     """
     _webdataset()
     from braceexpand import braceexpand  # comes with webdataset

@@ -149,7 +149,7 @@ def stream_batches(
     Raises:
         ValueError: if a size is impossible, the tokenizer has no `<|eos|>`, or there are fewer tar files than ranks.
         FileNotFoundError: if no tar file matches.
-        ImportError: if webdataset is missing; the message names the extra.
+        ImportError: if webdataset is missing; the message says how to get it.
     """
     found = find_shards(shards)
     settings = {"seed": seed, "rank": rank, "world_size": world_size, "buffer": buffer, "epochs": epochs}

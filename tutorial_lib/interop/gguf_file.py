@@ -42,11 +42,11 @@ class GGUFError(WeightsError):
 
 
 def need_gguf() -> Any:
-    """The package `gguf`, or a sentence that names the extra."""
+    """The package `gguf`, or a sentence that says how to get it."""
     try:
         import gguf
     except ImportError:
-        raise GGUFError("GGUF files need the package gguf: pip install 'llm-from-scratch[interop]'") from None
+        raise GGUFError("GGUF files need the package gguf: pip install gguf") from None
     return gguf
 
 

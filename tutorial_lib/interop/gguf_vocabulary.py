@@ -85,9 +85,7 @@ def read_vocabulary(file: GGUFFile) -> HuggingFaceTokenizer:
     try:
         import tokenizers
     except ImportError:
-        raise GGUFError(
-            "a tokenizer needs the package tokenizers: pip install 'llm-from-scratch[interop]'"
-        ) from None
+        raise GGUFError("a tokenizer needs the package tokenizers: pip install tokenizers") from None
 
     kind, cut = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or not isinstance(cut, str) or cut not in CUTS:

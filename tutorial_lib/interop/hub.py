@@ -41,7 +41,7 @@ def download(name: str, revision: str | None = None) -> Path:
         from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
         raise WeightsError(
-            "models from the hub need the package huggingface_hub: pip install 'llm-from-scratch[interop]'"
+            "models from the hub need the package huggingface_hub: pip install huggingface_hub"
         ) from None
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))

@@ -16,15 +16,15 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 def cells_digest(nb: Mapping[str, Any]) -> str:
     """SHA-256 of a notebook's cell sources. `nb` may be plain JSON or nbformat's.
 
-    Outputs, counts, metadata, empty cells, white space at a cell's end, and the lines that `normalise` stamps
-    into the setup cell are not work, so they do not change it.
+    Outputs, counts, metadata, empty cells, white space at a cell's end, and what `normalise` stamps (the badge,
+    and lines of the setup cell) are not work, so they do not change it.
     """
     sources = []
     for cell in nb["cells"]:
         source = "".join(cell["source"])  # on disk a list of lines, or one string
         if "setup" in tags_of(cell) and "%pip install" in source:
             source = source.split("%pip install", 1)[1].partition("\n")[2]
-        if source.strip():
+        if source.strip() and "colab" not in tags_of(cell):
             sources.append([cell["cell_type"], source.rstrip()])
     return _sha256(sources)
 

@@ -1,4 +1,4 @@
-"""The one form of every notebook: the setup cell, the cells' names, their counts, outputs and metadata."""
+"""The one form of every notebook: the way to Colab, the setup cell, the cells' names, counts, outputs and metadata."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from tutorial_lib.nb.digests import tags_of
 from tutorial_lib.nb.graph import ROOT
 
-__all__ = ["normalise", "setup_source"]
+__all__ = ["badge_source", "normalise", "setup_source"]
 
 WITHOUT_OUTPUTS = ("solutions", "exercises")
 
@@ -22,7 +23,12 @@ SETUP_TEMPLATE = """\
 from importlib.util import find_spec
 
 if not find_spec("tutorial_lib"):
-    %pip install -q git+{url}"""
+    %pip install "llm-from-scratch[lessons] @ git+{url}" -q"""
+BADGE_TEMPLATE = (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/{place}/blob/main/{name})"
+)
+BADGE, SETUP = "colab", "setup"  # the tags, and the ids, of the two cells that are stamped
 # A stamp of any age: from the comment to the end of the line that installs.
 _OLD_STAMP = re.compile(r"\A# On Colab .*?%pip install[^\n]*", re.DOTALL)
 
@@ -34,24 +40,36 @@ _MODEL_REF = re.compile(r"IPY_MODEL_([0-9a-f]{32})\b")
 
 
 def setup_source(root: Path = ROOT) -> str:
-    """The setup cell, with the repository's address as pyproject.toml gives it."""
+    """The setup cell: on a machine without the course it installs all that a lesson may import."""
+    return SETUP_TEMPLATE.format(url=_address(root))
+
+
+def badge_source(name: str, root: Path = ROOT) -> str:
+    """The badge that opens a notebook on Colab, which reads it from GitHub; `name` is its path below the root."""
+    return BADGE_TEMPLATE.format(place=_address(root).removeprefix("https://github.com/"), name=name)
+
+
+def _address(root: Path) -> str:
+    """The repository's address as pyproject.toml gives it."""
     # A regular expression, because tomllib is new in Python 3.11.
     text = (root / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r'^\[project\.urls\][^\[]*?^Repository\s*=\s*"([^"]+)"', text, re.MULTILINE)
     if not found:
         raise ValueError(f"{root / 'pyproject.toml'} has no Repository under [project.urls]: add it.")
-    return SETUP_TEMPLATE.format(url=found[1])
+    return found[1]
 
 
-def normalise(nb: NotebookNode, tree: str, root: Path = ROOT) -> NotebookNode:
-    """A normalised copy of `nb`, a notebook of `tree` (chapters, solutions or exercises)."""
+def normalise(nb: NotebookNode, name: str, root: Path = ROOT) -> NotebookNode:
+    """A normalised copy of `nb`, which is `name` below the root: `chapters/part_3_modernizing/3_2_rope.ipynb`."""
     nb = copy.deepcopy(nb)
+    tree = name.partition("/")[0]
     keep_outputs = tree not in WITHOUT_OUTPUTS
     _stamp_setup(nb, setup_source(root), learners=tree == "exercises")
+    _stamp_badge(nb, badge_source(name, root))
     _name_cells(nb.cells)
     count = 0
     for cell in nb.cells:
-        tags = cell.get("metadata", {}).get("tags")
+        tags = tags_of(cell)
         cell.metadata = NotebookNode(tags=tags) if tags else NotebookNode()
         if cell.cell_type == "code":
             count += 1
@@ -76,13 +94,22 @@ def _stamp_setup(nb: NotebookNode, source: str, learners: bool) -> None:
     """Make the first code cell the setup cell. In a learner's notebook, renew only what we once stamped."""
     code = [i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"]
     first = code[0] if code else len(nb.cells)
-    if code and "setup" in nb.cells[first].get("metadata", {}).get("tags", []):
+    if code and SETUP in tags_of(nb.cells[first]):
         cell = nb.cells[first]
         cell.source = _OLD_STAMP.sub(lambda _: source, cell.source) if learners and cell.source else source
         return
-    title = next((i + 1 for i, cell in enumerate(nb.cells) if cell.cell_type == "markdown"), 0)
-    cell = nbformat.v4.new_code_cell(source, id="setup", metadata=NotebookNode(tags=["setup"]))
+    title = next(
+        (i + 1 for i, c in enumerate(nb.cells) if c.cell_type == "markdown" and BADGE not in tags_of(c)), 0
+    )
+    cell = nbformat.v4.new_code_cell(source, id=SETUP, metadata=NotebookNode(tags=[SETUP]))
     nb.cells.insert(min(title, first), cell)
+
+
+def _stamp_badge(nb: NotebookNode, source: str) -> None:
+    """Make the first cell the badge, on every notebook the one of its own place."""
+    others = [cell for cell in nb.cells if BADGE not in tags_of(cell)]
+    badge = nbformat.v4.new_markdown_cell(source, id=BADGE, metadata=NotebookNode(tags=[BADGE]))
+    nb.cells = [badge, *others]
 
 
 def _name_cells(cells: list[NotebookNode]) -> None:

@@ -14,13 +14,17 @@ TREES = ("chapters", "solutions", "exercises")
 
 
 def notebooks(root: Path, paths: Iterable[Path] = ()) -> list[Path]:
-    """The notebooks at or below `paths`, in order (default: the three trees)."""
+    """The notebooks at or below `paths`, in order (default: the two trees that people write).
+
+    A learner's `Untitled.ipynb` is none of the course's.
+    """
     found: list[Path] = []
-    for path in [Path(p).resolve() for p in paths] or [root / tree for tree in TREES]:
+    for path in [Path(p).resolve() for p in paths] or [root / tree for tree in TREES[:2]]:
         if path.suffix == ".ipynb" and not path.is_file():
             raise ValueError(f"{path} does not exist: check its name.")
         found += [path] if path.is_file() else sorted(path.rglob("*.ipynb"))
-    return [path for path in dict.fromkeys(found) if ".ipynb_checkpoints" not in path.parts]
+    ours = [path for path in dict.fromkeys(found) if ".ipynb_checkpoints" not in path.parts]
+    return [path for path in ours if not path.name.startswith("Untitled")]
 
 
 def tree_of(path: Path, root: Path) -> str:

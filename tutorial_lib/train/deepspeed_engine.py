@@ -217,7 +217,7 @@ def deepspeed_trainer(
         import deepspeed
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            'ZeRO through DeepSpeed needs an extra: pip install "llm-from-scratch[deepspeed]"'
+            "ZeRO through DeepSpeed needs the package deepspeed: pip install deepspeed"
         ) from None
     if others.get("ema"):
         raise ValueError(

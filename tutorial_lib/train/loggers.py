@@ -30,7 +30,7 @@ def _say(sentence: str) -> None:
 
 def _without(package: str) -> ImportError:
     """The error for an optional package that is not there."""
-    return ImportError(f'logging to {package} needs an extra: pip install "llm-from-scratch[logging]"')
+    return ImportError(f"logging to {package} needs the package of that name: pip install {package}")
 
 
 def _finite(values: Tensor) -> Tensor:
