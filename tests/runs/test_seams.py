@@ -219,7 +219,7 @@ def test_a_configuration_speaks_of_the_settings_of_its_kind(home):
         max_seq_len=16, d_model=16, n_heads=2, n_layers=2, n_experts=6
     )
     with pytest.raises(
-        ConfigError, match="model.n_experts is a setting of a ToyMoE, and model.kind asks for"
+        ConfigError, match="model.n_experts is a setting of a MoETransformer, and model.kind asks for"
     ):
         load_config(None, ["model.n_experts=6"])
     with pytest.raises(ConfigError, match="model.n_experts is 'many'"):
