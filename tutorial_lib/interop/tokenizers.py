@@ -12,6 +12,7 @@ from tutorial_lib.data.adapters import LARGEST, HuggingFaceTokenizer, TiktokenTo
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import fetch
 from tutorial_lib.data.protocol import Tokenizer, token_bytes
+from tutorial_lib.data.rules import check_pattern, check_speed
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.files import read_json
 from tutorial_lib.interop.gguf_file import GGUFFile
@@ -67,12 +68,19 @@ def _from_file(path: Path) -> Tokenizer:
         return read_vocabulary(GGUFFile(path))
     content = read_json(path, LARGEST)
     if "added_tokens" in content:
-        return HuggingFaceTokenizer.load(path)
+        return HuggingFaceTokenizer.load(path, content)
     if "format" not in content:
         raise ValueError(
             f"{path} is neither a tokenizer.json of Hugging Face's nor a vocabulary that `llm-scratch tokenize` wrote"
         )
-    return BPETokenizer.load(path)
+    try:
+        check_pattern(str(content.get("pattern")))
+        found = BPETokenizer.load(path)
+        check_speed(found.encode)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+    return found
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
