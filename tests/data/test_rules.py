@@ -116,6 +116,11 @@ LIGATURE = {
         ({"added_tokens": [{**RULES["added_tokens"][0], "id": 2**31}]}, "the id 2147483648"),
         ({"added_tokens": [{**RULES["added_tokens"][0], "content": "x" * 300}]}, "300 characters"),
         ({"added_tokens": 3}, "no list"),
+        ({"added_tokens": [{**RULES["added_tokens"][0], "content": f"{i:0250}"} for i in range(2000)]}, "500,000 characters"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "a"}}, "what is not there"),
+        ({"normalizer": {"normalizers": [REPLACE] * 8}}, "characters of one"),  # which does not say that it is a sequence
+        ({"normalizer": {"prepend": "x"}}, "step None is not known"),
+        ({"post_processor": {"processors": [{"type": "TemplateProcessing", "special_tokens": {}, "pair": [], "single": [{"Sequence": {"id": "A"}}] * 2}]}}, "repeats the text"),
         ({"model__end_of_word_suffix": "y" * 10**6}, "1,000,000 characters"),
         ({"normalizer": {"type": "Sequence", "normalizers": [REPLACE] * 8}}, "characters of one"),
         ({"normalizer": {"type": "Sequence", "normalizers": [LIGATURE, {"type": "NFKD"}] * 9}}, "of one"),

@@ -21,6 +21,9 @@ __all__ = ["check_pattern", "check_rules", "check_speed"]
 LONGEST_NAME = 256
 """Characters of an added token, or of what is put before and after words."""
 
+LONGEST_NAMES = 1 << 18
+"""Characters of all added tokens. Gemma's 6,000 have 75,000."""
+
 LONGEST_RULES = 1 << 16
 """Characters of all that is neither vocabulary nor merges. Llama 3 has 3,000."""
 
@@ -64,6 +67,8 @@ def check_rules(rules: dict[str, Any]) -> None:
             raise ValueError(
                 f"the name {name[:20]!r}… has {len(name):,} characters, not {LONGEST_NAME} at most"
             )
+    if (length := sum(len(str(token.get("content"))) for token in added)) > LONGEST_NAMES:
+        raise ValueError(f"its added tokens have {length:,} characters, not {LONGEST_NAMES:,} at most")
     steps = [rules.get(key) for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder")]
     if (length := len(json.dumps(steps))) > LONGEST_RULES:
         raise ValueError(f"its rules have {length:,} characters, and such rules at most {LONGEST_RULES:,}")
@@ -78,14 +83,13 @@ def check_rules(rules: dict[str, Any]) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a part, those in a sequence one after the other."""
+    """The steps of a part, those in a sequence one after the other. (A sequence need not say that it is one.)"""
     for step in _dicts([part]):
-        if step.get("type") != "Sequence":
+        inside = [step[key] for key in ("normalizers", "pretokenizers", "processors") if key in step]
+        for one in [one for steps in inside for one in _dicts(steps)]:
+            yield from _steps(one)
+        if not inside:
             yield step
-            continue
-        for inside in ("normalizers", "pretokenizers", "processors"):
-            for one in _dicts(step.get(inside)):
-                yield from _steps(one)
 
 
 def _dicts(found: Any) -> list[dict[str, Any]]:
@@ -101,6 +105,8 @@ def _growth(step: dict[str, Any]) -> float:
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend")))
     if kind == "Replace":
+        if pattern == {"String": ""}:
+            raise ValueError("it replaces what is not there")
         new, old = len(str(step.get("content"))), pattern.get("String") if isinstance(pattern, dict) else None
         return max(1.0, new / len(old)) if isinstance(old, str) and old else 1 + new
     if kind not in GROWTH:
