@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from tutorial_lib.core.gpt import GPT, GPTConfig
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.swiglu import gated_width
+from tutorial_lib.moe.model import MoEConfig, MoETransformer
 from tutorial_lib.tools.accounting import ModelShape
 
 __all__ = ["KINDS", "Kind", "grow", "kind_named", "kind_of", "register"]
@@ -50,10 +51,17 @@ class Kind:
         """A model with fresh weights."""
         return self.model(self.config(**settings))
 
-    def outline(self, config: Any) -> nn.Module:
-        """The model without its weights: every parameter has its shape, and none has memory, if it can be made so."""
+    def outline(self, config: Any, most: int | None = None) -> nn.Module:
+        """The model without its weights: every parameter has its shape, and none has memory, if it can be made so.
+
+        Args:
+            most: Give up when it makes more tensors than this: a configuration may claim any number of layers.
+
+        Raises:
+            ValueError: if it does.
+        """
         try:
-            with _Outline():
+            with _Outline(most):
                 return self.model(config)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):
@@ -68,6 +76,10 @@ class _Outline(TorchFunctionMode):
     loads its compiler, for more than a second, to do without them.
     """
 
+    def __init__(self, most: int | None = None) -> None:
+        super().__init__()
+        self.most, self.made = most, 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -75,6 +87,9 @@ class _Outline(TorchFunctionMode):
         if func in (torch.empty, torch.ones, torch.zeros, torch.randn):
             func = torch.empty  # of a shape alone, all are the same
             kwargs["device"] = "meta"
+            self.made += 1
+            if self.most is not None and self.made > self.most:
+                raise ValueError(f"it claims more than {self.most:,} tensors, which is more than there are")
         if func in (torch.Tensor.mul, torch.Tensor.__mul__) and args[0].is_meta:
             return args[0]  # a table's scale; torch's own way loads the compiler, too
         return func(*args, **kwargs)
@@ -205,5 +220,17 @@ def _transformer_shape(config: ModelConfig) -> ModelShape:
     )
 
 
+def _moe_shape(config: MoEConfig) -> ModelShape:
+    return replace(
+        _transformer_shape(config),
+        n_experts=config.n_experts,
+        experts_per_token=config.experts_per_token,
+        n_shared_experts=config.n_shared_experts,
+        d_expert=config.d_expert,
+        n_moe_layers=sum(map(config.has_experts, range(config.n_layers))),
+    )
+
+
 register(GPTConfig, GPT, _gpt_shape)
 register(ModelConfig, Transformer, _transformer_shape)
+register(MoEConfig, MoETransformer, _moe_shape)

@@ -247,7 +247,7 @@ def test_dry_run_writes_nothing(home):
     said = " ".join(result.output.replace("│", " ").split())
     assert "it takes a smaller model" in said and "micro_batch_size" not in said
     result = run(
-        "train", "-c", "small.yaml", "train.micro_batch_size=null", "train.batch_size=1000000000", "--dry-run"
+        "train", "-c", "small.yaml", "train.micro_batch_size=null", "train.batch_size=4000000", "--dry-run"
     )
     said = " ".join(result.output.replace("│", " ").split())
     assert result.exit_code == 0 and "it takes a smaller train.micro_batch_size" in said

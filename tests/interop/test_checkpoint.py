@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import pytest
@@ -133,3 +134,94 @@ def test_a_failed_save_leaves_the_old_file(good, monkeypatch):
         save_model(good, GPT(GPTConfig(**SMALL)))
     assert good.read_bytes() == before
     assert [p.name for p in good.parent.iterdir()] == ["good.safetensors"]
+
+
+CLAIMS = {
+    "layers": {"n_layers": 20_000},
+    "some layers": {"n_layers": 4096},
+    "a vocabulary": {"vocab_size": 10_000_000},
+    "a large vocabulary": {"vocab_size": 1 << 22},
+    "a width": {"d_model": 1 << 18},
+    "a head": {"d_head": 1 << 40},
+    "positions": {"max_seq_len": 1 << 27},
+    "sines": {"max_seq_len": 1 << 27, "positions": "sinusoidal"},
+    "an MLP": {"d_mlp": 1 << 50},
+    "words": {"d_model": "many"},
+    "a fraction": {"n_layers": 2.5},
+    "less than nothing": {"n_heads": -2},
+    "nothing": {"vocab_size": None},
+    "a list": {"d_model": [32]},
+    "a rope": {"rope_base": "x"},
+    "a scaling": {"rope_scaling": {"kind": "llama3", "factor": "x"}},
+    "another setting": {"n_experts": 9},
+    "a switch in words": {"tie_embeddings": "x"},
+    "an epsilon in words": {"norm_eps": "x"},
+    "no epsilon": {"norm_eps": 0},
+    "a dropout that is no number": {"dropout": float("nan")},
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("kind", [GPT, Transformer])
+def test_what_a_header_claims_is_held_against_the_file_before_anything_is_built(
+    tmp_path, monkeypatch, kind, claim
+):
+    config = GPTConfig(**SMALL) if kind is GPT else ModelConfig(**SMALL)
+    model = kind(config)
+    header = model_header(model)
+    header["config"] = json.dumps({**json.loads(header["config"]), **CLAIMS[claim]})
+    path = save_tree(tmp_path / "m.ckpt", {"model": model.state_dict()}, header)
+    real = kind.__init__
+
+    def planned(self, config):
+        if not torch.empty(1).is_meta:  # outside of an outline
+            pytest.fail("it was built")
+        real(self, config)
+
+    monkeypatch.setattr(kind, "__init__", planned)
+    if claim == "positions" and kind is Transformer:  # RoPE has no table of them
+        monkeypatch.undo()
+        assert load_model(path)[0].config.max_seq_len == 1 << 27
+        return
+    said = sentence(path)
+    assert "\n" not in said and str(path) in said and len(said) < len(str(path)) + 300
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        [1],
+        "x",
+        {"model": []},
+        {"model": {"a": 1}},
+        {"model": {1: torch.ones(1)}},
+        {"model": {}},
+        {"model": None},
+    ],
+)
+def test_a_tree_without_weights_is_refused(good, tmp_path, tree):
+    _, header = load_tree(good)
+    tree = tree if isinstance(tree, dict) else {"model": tree}
+    assert sentence(save_tree(tmp_path / "x.ckpt", tree, {k: header[k] for k in ("kind", "config", "about")}))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        '{"run": {"data": "x"}}',
+        '{"run": {"data": {}}}',
+        '{"run": {"train": {"seq_len": "x"}}}',
+        "[]",
+        "5",
+        '{"tokenizer": 3}',
+        '{"run": []}',
+        '{"tokenizer": {"a": 1}}',
+        "{",
+    ],
+)
+def test_notes_of_another_sort_are_refused(good, tmp_path, about):
+    tree, header = load_tree(good)
+    path = save_tree(
+        tmp_path / "x.ckpt", tree, {"kind": header["kind"], "config": header["config"], "about": about}
+    )
+    assert sentence(path)

@@ -189,9 +189,9 @@ GGUF_CASES: dict[str, tuple[bytes, str]] = {
         llama(llama__attention__head_count_kv=struct.pack("<IIQII", ARRAY, U32, 2, 1, 1)), "head_count_kv is",
     ),
     "absurd context": (llama(llama__context_length=(1 << 32) - 1), "context_length is"),
-    "absurd layers": (llama(llama__block_count=1 << 31), "2147483648 layers, but has 11 tensors"),
+    "absurd layers": (llama(llama__block_count=1 << 31), "block_count is 2147483648, but it must be"),
     "more layers than there are": (llama(llama__block_count=3), "blk.1.attn_norm.weight' is missing"),
-    "layers in words": (llama(llama__block_count="x"), "'x' layers"),
+    "layers in words": (llama(llama__block_count="x"), "block_count is 'x'"),
     "absurd mlp": (llama(llama__feed_forward_length=1 << 31), "feed_forward_length is"),
     "eps in words": (llama(llama__attention__layer_norm_rms_epsilon="x"), "layer_norm_rms_epsilon is 'x'"),
     "eps NaN": (llama(llama__attention__layer_norm_rms_epsilon=float("nan")), "layer_norm_rms_epsilon is nan"),
@@ -438,7 +438,7 @@ def test_a_model_that_is_far_larger_than_its_file(folder):
     path.write_text(json.dumps({**about, **large}))
     assert "the model needs" in outcome(load_hf, folder)
     path.write_text(json.dumps({**about, "num_hidden_layers": 4096}))
-    assert "4,096 layers" in outcome(load_hf, folder)
+    assert "more than there are" in outcome(load_hf, folder)
 
 
 @pytest.mark.parametrize(
@@ -617,7 +617,7 @@ def test_an_index_that_does_not_fit(shards):
         (lambda where: where.update({"model.norm.weight": 7}), "no weight_map"),
         (lambda where: where.update({"model.norm.weight": ["a"]}), "no weight_map"),
         (lambda where: where.update({"model.norm.weight": "pytorch_model.bin"}), "pytorch_model.bin"),
-        (lambda where: where.clear(), "layers|missing|nothing|has 0 tensors"),
+        (lambda where: where.clear(), "more than there are"),
     ]
     for change, said in changes:
         found = weight_map(shards, change)

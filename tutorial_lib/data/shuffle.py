@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tutorial_lib.tools.expect import expect
 from tutorial_lib.tools.seeds import generator_for
 
 __all__ = ["Windows", "ShuffledBatches"]
@@ -85,11 +86,14 @@ class ShuffledBatches:
         """Go on from there; the number of processes and the batch size may have changed.
 
         Raises:
-            ValueError: if the order was another one, since "sample k" would mean something else.
+            ValueError: if the order was another one, since "sample k" would mean something else; or if this is no
+                such state.
         """
+        expect(state, {"seen": int, "seed": int, "windows": int}, "batches")
         for name, mine in (("seed", self.seed), ("windows", len(self.windows))):
-            if state.get(name) != mine:
+            if state[name] != mine:
                 raise ValueError(
-                    f"the data do not go on where they stopped: {name} was {state.get(name)} and is {mine}"
+                    f"the data do not go on where they stopped: {name} was {state[name]} and is {mine}: "
+                    "has train.seed or the text changed?"
                 )
-        self.seen = int(state["seen"])
+        self.seen = state["seen"]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tutorial_lib.data.tar_shards import find_shards, read_texts
+from tutorial_lib.tools.expect import Maybe, expect
 
 __all__ = ["TokenStream", "shuffle_buffer", "stream_batches"]
 
@@ -109,13 +110,17 @@ class TokenStream:
         Raises:
             ValueError: if the stream was made with other settings; `epochs` alone may differ.
         """
-        if "settings" not in state:
+        if not isinstance(state.get("settings"), dict):
             raise ValueError(
                 "the run has read another kind of data so far, and cannot go on with a stream of tar files"
             )
+        settings = dict.fromkeys(self.settings, Maybe(int))
+        expect(state, {"epoch": int, "documents": int, "left": [int], "settings": settings}, "batches")
         for name, value in self.settings.items():
             if name != "epochs" and (was := state["settings"].get(name)) != value:
                 raise ValueError(f"the state is of a stream with {name} {was}, and this one has {value}")
+        if state["left"] and max(state["left"]) >= self.tokenizer.vocab_size:
+            raise ValueError(f"batches.left has a token {max(state['left'])}, which the tokenizer has not")
         self.epoch, self._documents = state["epoch"], state["documents"]
         self._left, self._source = list(state["left"]), None
 

@@ -51,7 +51,7 @@ def load_gguf(
     """
     file = path if isinstance(path, GGUFFile) else GGUFFile(path)
     config = gguf_config(file)
-    model = outline(config, file.path)
+    model = outline(config, file.path, len(file.tensors))
     shapes = {name: info.shape for name, info in file.tensors.items()}
     return fill(
         model, _rules(model), shapes, file.read, file.path, dtype, device, lambda name: name == FACTORS, put

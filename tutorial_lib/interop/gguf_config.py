@@ -58,9 +58,6 @@ def from_gguf_fields(file: GGUFFile) -> ModelConfig:
     table = file.tensors.get("token_embd.weight")
     if table is None or file.tensors.get("blk.0.attn_norm.weight") is None:
         raise GGUFError(f"{file.path} has no token_embd.weight, or no layer: it holds no language model")
-    layers = file.get(f"{kind}.block_count")
-    if not isinstance(layers, int) or layers > len(file.tensors):
-        raise GGUFError(f"{file.path} speaks of {layers!r:.40} layers, but has {len(file.tensors)} tensors")
     called = {ours: f"{kind}.{theirs}" for ours, theirs in CALLED[kind].items()}
     said = {
         ours: file.metadata.get(theirs, USUAL[ours]) if ours in USUAL else file.get(theirs)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.interop.names import Rule
-from tutorial_lib.kinds import KINDS
+from tutorial_lib.kinds import KINDS, Kind
 
-__all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put", "room", "weights_of"]
+__all__ = [
+    "LIMITS", "WeightsError", "absurd", "check_config", "check_shapes", "fill", "outline", "put", "room", "weights_of",
+]  # fmt: skip
 
 
 class WeightsError(ValueError):
@@ -34,6 +36,21 @@ LIMITS = {
 }
 """No model is larger. Whoever says so in a file wants our memory, not to be loaded."""
 MAY_BE_LEFT_OUT = ("n_kv_heads", "d_head", "d_mlp")
+LARGEST_TABLE = 1 << 28
+"""Numbers in a table of sines, which no file holds: it is computed."""
+
+
+def absurd(sizes: Mapping[str, Any]) -> str | None:
+    """The first of the sizes that no model has, or None: one that is no whole number from 1 to its limit."""
+    for name, most in LIMITS.items():
+        value = sizes.get(name)
+        if value is None and (name not in sizes or name in MAY_BE_LEFT_OUT):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            return name
+    if sizes.get("positions") == "sinusoidal" and sizes["max_seq_len"] * sizes["d_model"] > LARGEST_TABLE:
+        return "max_seq_len"
+    return None
 
 
 def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> ModelConfig:
@@ -45,17 +62,13 @@ def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> Mode
     Raises:
         WeightsError: if a size is no whole number, or absurd, or they do not fit together.
     """
-    for name, most in LIMITS.items():
-        value = sizes.get(name)
-        if value is None and (name not in sizes or name in MAY_BE_LEFT_OUT):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            theirs = called.get(name, name)
-            if value is None:
-                raise WeightsError(f"{where} does not say {theirs}")
-            raise WeightsError(
-                f"{where} says {theirs} is {value!r:.60}, but it must be between 1 and {most:,}"
-            )
+    if (name := absurd(sizes)) is not None:
+        value, theirs = sizes[name], called.get(name, name)
+        if value is None:
+            raise WeightsError(f"{where} does not say {theirs}")
+        raise WeightsError(
+            f"{where} says {theirs} is {value!r:.60}, but it must be between 1 and {LIMITS[name]:,}"
+        )
     for name in ("norm_eps", "rope_base"):
         value = sizes.get(name, 1.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
@@ -68,16 +81,58 @@ def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> Mode
         raise WeightsError(f"{where} describes no model of ours: {error}") from None
 
 
-def outline(config: ModelConfig, where: object = "the file") -> Transformer:
+def outline(
+    config: Any, where: object = "the file", tensors: int | None = None, kind: Kind | None = None
+) -> nn.Module:
     """The model without its weights: every parameter has its shape, and none has memory.
 
+    Args:
+        tensors: How many the file has. One of them may hold several of ours, but not more than three.
+        kind: A Transformer when None.
+
     Raises:
-        WeightsError: if the configuration makes no model.
+        WeightsError: if the configuration makes no model, or one that is far larger than the file.
     """
+    kind = kind or KINDS["Transformer"]
     try:
-        return KINDS["Transformer"].outline(config)
-    except (ValueError, RuntimeError) as error:  # heads that cannot be shared; sizes that overflow
+        return kind.outline(config, None if tensors is None else 3 * tensors)
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:  # heads that cannot be shared; overflows
         raise WeightsError(f"{where} describes no model of ours: {str(error).splitlines()[0]}") from None
+
+
+def check_shapes(
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    where: object,
+    spare: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Whether a file has the tensors that its configuration speaks of: asked before anything is built or read.
+
+    Args:
+        spare: As for `fill`.
+
+    Raises:
+        WeightsError: if a tensor is missing, is not part of this model, or has another shape.
+    """
+    for name in wanted:
+        if name not in found:
+            near = difflib.get_close_matches(name, [other for other in found if other not in wanted], 1, 0.8)
+            hint = f" (there is a {near[0]!r})" if near else ""
+            raise WeightsError(f"{where}: the tensor {name!r} is missing{hint}")
+    for name, shape in found.items():
+        if name not in wanted:
+            if spare(name):
+                continue
+            raise WeightsError(f"{where}: the tensor {name!r:.120} is not part of this model")
+        if tuple(shape) != wanted[name]:
+            raise WeightsError(
+                f"{where}: the tensor {name!r} has shape {tuple(shape)}, the model needs {wanted[name]}"
+            )
 
 
 def weights_of(model: Transformer) -> dict[str, nn.Parameter]:
@@ -134,22 +189,8 @@ def fill(
     """
     ours = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = {rule.theirs: rule for rule in rules}
-    for name in known:
-        if name not in shapes:
-            spares = [found for found in shapes if found not in known]
-            near = difflib.get_close_matches(name, spares, n=1, cutoff=0.8)
-            hint = f" (there is a {near[0]!r})" if near else ""
-            raise WeightsError(f"{where}: the tensor {name!r} is missing{hint}")
-    for name, found in shapes.items():
-        if name not in known:
-            if spare(name):
-                continue
-            raise WeightsError(f"{where}: the tensor {name!r:.120} is not part of this model")
-        wanted = known[name].shape([ours[own] for own in known[name].ours])
-        if tuple(found) != wanted:
-            raise WeightsError(
-                f"{where}: the tensor {name!r} has shape {tuple(found)}, the model needs {wanted}"
-            )
+    wanted = {name: tuple(rule.shape([ours[own] for own in rule.ours])) for name, rule in known.items()}
+    check_shapes(wanted, shapes, where, spare)
     with torch.no_grad():
         for rule in known.values():
             tensor = read(rule.theirs)

@@ -6,7 +6,8 @@ of them (under FSDP a forward pass needs everybody); files are written by the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from tutorial_lib.core.sampler import generate
 from tutorial_lib.data.protocol import Tokenizer
+from tutorial_lib.tools.expect import Maybe, expect
 from tutorial_lib.train.checkpoint_folder import CheckpointFolder
 from tutorial_lib.train.distributed import barrier, is_main
 from tutorial_lib.train.loggers import Logger
@@ -22,7 +24,13 @@ from tutorial_lib.train.losses import bits_per_byte
 from tutorial_lib.train.stopping import EarlyStopping
 from tutorial_lib.train.trainer import Trainer
 
-__all__ = ["Due", "Evaluate", "HasState", "Look", "Sample", "Save", "every", "judged", "shares", "write_on"]
+__all__ = [
+    "Due", "Evaluate", "HasState", "Look", "Sample", "Save", "Stopped", "every", "judged", "shares", "write_on",
+]  # fmt: skip
+
+
+class Stopped(Exception):
+    """The person at the terminal wants the end: raised in the middle of a look, which then found nothing."""
 
 
 Due: TypeAlias = Callable[[StepInfo], bool]
@@ -50,7 +58,7 @@ Look: TypeAlias = Callable[[nn.Module], Mapping[str, float]]
 
 
 class Evaluate:
-    """Judges the model when it is due; says stop when it no longer gets better.
+    """Judges the model when it is due; says stop when it no longer gets better, or when a look is broken off.
 
     Every process looks at the same: under FSDP they have to walk through the model together.
 
@@ -79,15 +87,27 @@ class Evaluate:
         """The step of the last look."""
         self.said_stop = False
         """Whether it was this that ended the run."""
+        self.owes = False
+        """Whether a look was due and is not finished: a run that goes on begins with it."""
+        self.ahead: Callable[[StepInfo], None] = lambda info: None
+        """Called before a look, which may take minutes: what was trained is put in a safe place first."""
 
     def __call__(self, info: StepInfo) -> bool:
-        return self.due(info) and self.look(info.step)
+        if not self.due(info):
+            return False
+        self.owes = True
+        self.ahead(info)
+        return self.look(info.step)
 
     def look(self, step: int) -> bool:
         """Now; True means stop."""
-        with self.trainer.precision.autocast():
-            found = self._look(judged(self.trainer))
-        self.step, self.loss = step, found["loss"]
+        self.owes = True
+        try:
+            with self.trainer.precision.autocast():
+                found = self._look(judged(self.trainer))
+        except Stopped:
+            return True
+        self.step, self.loss, self.owes = step, found["loss"], False
         values = {f"val_{name}": value for name, value in found.items()}
         if self.bytes_per_token is not None:
             values["val_bits_per_byte"] = bits_per_byte(self.loss, self.bytes_per_token)
@@ -104,12 +124,14 @@ class Evaluate:
         return self.step == info.step
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, and how long ago."""
-        return {"best": self.stopping.best, "bad": self.stopping.bad}
+        """The best so far, how long ago, and whether a look is owed."""
+        return {"best": self.stopping.best, "bad": self.stopping.bad, "owes": self.owes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on waiting where an earlier run stopped."""
+        """Go on waiting where an earlier run stopped; a ValueError if this is no such state."""
+        expect(state, {"best": float, "bad": int, "owes": Maybe(bool)}, "callbacks.evaluate")
         self.stopping.best, self.stopping.bad = state["best"], state["bad"]
+        self.owes = bool(state.get("owes"))
 
 
 def judged(trainer: Trainer) -> nn.Module:
@@ -123,6 +145,7 @@ class Sample:
     Args:
         context: The most tokens that the model looks back at.
         n: How many it writes.
+        through: What its tokens go through on their way, as in `Start`.
     """
 
     def __init__(
@@ -134,9 +157,10 @@ class Sample:
         logger: Logger,
         context: int | None = None,
         n: int = 120,
+        through: Callable[[Iterable[int]], Iterable[int]] = iter,
     ) -> None:
         self.trainer, self.tokenizer, self.prompt, self.due = trainer, tokenizer, prompt, due
-        self.logger, self.context, self.n = logger, context, n
+        self.logger, self.context, self.n, self.through = logger, context, n, through
         self.text = ""
         """The last one."""
         self.step = -1
@@ -144,25 +168,33 @@ class Sample:
 
     def __call__(self, info: StepInfo) -> None:
         if self.due(info):
-            self.write(info.step)
+            with suppress(Stopped):
+                self.write(info.step)
 
     def write(self, step: int) -> str:
         """Now."""
         with self.trainer.precision.autocast():
-            self.text = write_on(judged(self.trainer), self.tokenizer, self.prompt, self.n, self.context)
+            self.text = write_on(
+                judged(self.trainer), self.tokenizer, self.prompt, self.n, self.context, self.through
+            )
         self.step = step
         self.logger.text(step, "sample", self.text)
         return self.text
 
 
 def write_on(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, n: int = 120, context: int | None = None
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    n: int = 120,
+    context: int | None = None,
+    through: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> str:
     """The prompt and the `n` tokens that the model writes after it, from the same random numbers at every call."""
     device = next(model.parameters()).device
     ids = torch.tensor([tokenizer.encode(prompt)], device=device)
     how = {"temperature": 0.8, "top_p": 0.95, "generator": torch.Generator(device).manual_seed(0)}
-    new = [int(token) for token in generate(model, ids, n, context, **how)]
+    new = [int(token) for token in through(generate(model, ids, n, context, **how))]
     known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
     return tokenizer.decode([*ids[0].tolist(), *(token for token in new if token < known)])
 
@@ -178,9 +210,12 @@ class HasState(Protocol):
 class Save:
     """Writes a checkpoint when it is due, at the end, and whenever what is held out has a new best.
 
+    One that is due together with a look is written before it, and again with what it found.
+
     Args:
         header: What `load_model` needs to know.
         also: What else has a state, by name.
+        furnish: Makes sure, before each, that what has to lie beside it is there.
     """
 
     def __init__(
@@ -191,10 +226,14 @@ class Save:
         header: dict[str, str],
         evaluator: Evaluate,
         also: Mapping[str, HasState] | None = None,
+        furnish: Callable[[], None] = lambda: None,
     ) -> None:
         self.trainer, self.folder, self.due, self.header = trainer, folder, due, header
         self.evaluator, self.also = evaluator, {"evaluate": evaluator, **(also or {})}
-        self.step = -1
+        self.furnish = furnish
+        self.saved: tuple[int, float | None] = (-1, None)
+        """The step that was saved last, and its loss on what is held out."""
+        evaluator.ahead = lambda info: self.save() if self.due(info) else None
 
     def __call__(self, info: StepInfo) -> None:
         is_best = self.evaluator.looked(info) and self.evaluator.stopping.improved
@@ -202,18 +241,23 @@ class Save:
             self.save()
 
     def save(self) -> None:
-        """Now, unless this step is saved already."""
-        if self.step == self.trainer.step:
+        """Now, unless this step is saved already, with all that is known of it."""
+        step = self.trainer.step
+        loss = self.evaluator.loss_at(step)
+        if self.saved == (step, loss):
             return
         tree = self.trainer.state_dict()  # every process: some of it has to be put together
         tree["callbacks"] = {name: callback.state_dict() for name, callback in self.also.items()}
-        self.step = self.trainer.step
+        self.saved = (step, loss)
         if is_main():
-            self.folder.save(self.step, tree, self.header, self.evaluator.loss_at(self.step))
+            self.furnish()
+            self.folder.save(step, tree, self.header, loss)
         barrier()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give the other callbacks back what was saved of them."""
+        """Give the other callbacks back what was saved of them; a ValueError if it is nothing of theirs."""
+        self.saved = (self.trainer.step, None)
+        expect(state, dict, "callbacks")
         for name, callback in self.also.items():
             if name in state:
                 callback.load_state_dict(state[name])

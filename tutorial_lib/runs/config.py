@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from tutorial_lib.kinds import KINDS, kind_named
 from tutorial_lib.runs.settings import Config, ModelTable, model_table, tables
@@ -71,7 +71,11 @@ def _read(path: Path, known: Iterable[str]) -> DictConfig:
         raise ConfigError(f"there is no configuration at {path}{hint}")
     try:
         given = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path} is not YAML{line}: {error.problem or first_line(error)}") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {first_line(error)}") from None
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{path} is not a table of {', '.join(known)}")

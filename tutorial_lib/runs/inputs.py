@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.kinds import kind_of
+from tutorial_lib.moe.model import MoETransformer
+from tutorial_lib.moe.upcycle import upcycle
 from tutorial_lib.runs.config import Config, ConfigError
 from tutorial_lib.runs.settings import ModelTable, model_config, model_table
 from tutorial_lib.runs.source import Source, open_source
@@ -46,19 +51,24 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
     else:
         found = open_pretrained(config.train.init_from)
     brought = model_table(kind_of(found.model).name)(**asdict(found.model.config))
-    if config.model.kind not in (ModelTable().kind, brought.kind):
+    grows = (brought.kind, config.model.kind) == (Transformer.__name__, MoETransformer.__name__)
+    if config.model.kind not in (ModelTable().kind, brought.kind) and not grows:
         raise ConfigError(
             f"model.kind is {config.model.kind}, but train.init_from {config.train.init_from} is a {brought.kind}: "
             "leave the model table out"
         )
     usual = type(config.model)(max_seq_len=config.train.seq_len)  # `load_config` fills this one in
     for name, value in asdict(model_config(config)).items():
+        if grows and not hasattr(brought, name):
+            continue  # of the experts, the dense model says nothing
         theirs = getattr(brought, name, None)
         if value not in (getattr(usual, name), getattr(ModelTable(), name, None), theirs):
             raise ConfigError(
                 f"model.{name} is {value!r}, but train.init_from {config.train.init_from} brings its own shape, with "
                 f"{theirs!r}: leave the model table out"
             )
+    if grows:
+        brought = _with_experts(found, brought, config)
     config.model = brought
     if config.train.seq_len > config.model.max_seq_len:
         raise ConfigError(
@@ -70,6 +80,22 @@ def pretrained(config: Config, checkpoints: Sequence[Path] = ()) -> Pretrained |
     if config.data.tokenizer is None and not shards:
         config.data.tokenizer = found.tokenizer_name
     return found
+
+
+def _with_experts(found: Pretrained, dense: Any, config: Config) -> Any:
+    """Upcycle the model; returns the table of what it has become."""
+    settings = {
+        name: value for name, value in asdict(model_config(config)).items() if not hasattr(dense, name)
+    }
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)  # the same routers on every process
+            found.model = upcycle(found.model, **settings)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.init_from {config.train.init_from} cannot become a MoETransformer: {error}"
+        ) from None
+    return model_table(MoETransformer.__name__)(**asdict(found.model.config))
 
 
 def open_text(config: Config, tell: Callable[[str], None], start_with: Pretrained | None = None) -> Source:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from tutorial_lib.moe.model import MoEConfig
 from tutorial_lib.runs.config import Config, ConfigError
 from tutorial_lib.runs.settings import TrainTable
 from tutorial_lib.tools.devices import autocast_dtype, supports_bf16
 from tutorial_lib.tools.seeds import derive_seed, seed_everything
+from tutorial_lib.train.balance import Balanced, NudgeBias
 from tutorial_lib.train.compiled import Compiled
 from tutorial_lib.train.distributed import rank, world_size
+from tutorial_lib.train.loop import Callback
 from tutorial_lib.train.objective import Batch, Objective
 from tutorial_lib.train.optimizers import build_optimizer
 from tutorial_lib.train.parallel import parallelize
@@ -23,7 +26,7 @@ from tutorial_lib.train.recompute import recompute_blocks
 from tutorial_lib.train.schedules import SCHEDULES
 from tutorial_lib.train.trainer import Trainer
 
-__all__ = ["make_trainer", "pick_precision", "rows_at_once"]
+__all__ = ["make_trainer", "pick_precision", "rows_at_once", "with_balance"]
 
 
 def pick_precision(amp: bool | str, device: torch.device) -> Precision:
@@ -54,6 +57,16 @@ def rows_at_once(train: TrainTable) -> int:
             f"train.batch_size {train.batch_size} cannot be shared evenly by {world_size()} processes"
         )
     return train.micro_batch_size or train.batch_size // world_size()
+
+
+def with_balance(model: nn.Module, objective: Objective) -> tuple[Objective, tuple[Callback, ...]]:
+    """What a model asks of its training: an objective that keeps its experts busy if it has any, and who acts after a step."""
+    config = model.config
+    if not isinstance(config, MoEConfig):
+        return objective, ()
+    nudge = NudgeBias(model, config.bias_update_speed) if config.bias_update_speed else None
+    balanced = Balanced(objective, config.aux_loss_coef, config.z_loss_coef, nudge)
+    return balanced, () if nudge is None else (nudge,)
 
 
 def make_trainer(config: Config, model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> Trainer:

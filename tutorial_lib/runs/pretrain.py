@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from math import ceil
 
 import torch
 from rich.console import Console
@@ -12,7 +13,7 @@ from tutorial_lib.eval.perplexity import spread_batches
 from tutorial_lib.interop.checkpoint import model_header
 from tutorial_lib.runs.config import Config
 from tutorial_lib.runs.inputs import in_a_file, open_text, pretrained, save_tokenizer
-from tutorial_lib.runs.parts import make_trainer, pick_precision, rows_at_once
+from tutorial_lib.runs.parts import make_trainer, pick_precision, rows_at_once, with_balance
 from tutorial_lib.runs.run import Outcome, Start, Work, carry_out
 from tutorial_lib.runs.settings import new_model
 from tutorial_lib.runs.source import check_fits
@@ -50,13 +51,18 @@ def _prepare(config: Config, start: Start) -> Work:
     batches = source.batches(
         train.batch_size, train.seq_len, derive_seed(train.seed, "data"), rank(), world_size()
     )
-    trainer = make_trainer(config, model, NextToken(), batches)
+    objective, callbacks = with_balance(model, NextToken())
+    trainer = make_trainer(config, model, objective, batches)
     val_batches = partial(spread_batches, source.val, train.seq_len, rows, train.eval_windows)
+    windows = min(train.eval_windows or len(source.val), (len(source.val) - 1) // train.seq_len)
+    looks = partial(start.through, of=ceil(windows / rows))
     return Work(
         trainer,
         header,
-        lambda judged: held_out(judged, val_batches(), trainer.objective),
+        lambda judged: held_out(judged, looks(val_batches()), trainer.objective),
         source.tokenizer,
         source.bytes_per_token(source.val),
         lambda folder: save_tokenizer(source, folder / "tokenizer.json", begin_with),
+        callbacks,
+        also={"text": source},
     )

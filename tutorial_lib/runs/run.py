@@ -7,8 +7,7 @@ A kind of run (`runs.pretrain`, for one) says how its `Work` is made; `carry_out
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from tutorial_lib.core.kernels import attention_kernel
 from tutorial_lib.data.protocol import Tokenizer
-from tutorial_lib.files import write_text
+from tutorial_lib.interop.checkpoint import described
 from tutorial_lib.runs.callbacks import Evaluate, HasState, Look, Sample, Save, every
 from tutorial_lib.runs.config import Config, ConfigError
-from tutorial_lib.runs.folder import check_free, locked
+from tutorial_lib.runs.folder import check_free, furnish, locked
 from tutorial_lib.runs.settings import LogTable
 from tutorial_lib.runs.terminal import Show, Stop
 from tutorial_lib.tools.devices import pick_device
@@ -49,6 +47,8 @@ class Start:
     tell: Tell
     checkpoints: Sequence[Path]
     """Of the run that goes on, the newest first; none for one that begins."""
+    through: Callable[..., Iterator[Any]] = lambda items, of=None: iter(items)
+    """`start.through(batches, of=64)` are the same batches; the person sees how far a look is, and can end it."""
 
 
 @dataclass
@@ -111,14 +111,15 @@ def carry_out(
     folder = Path(config.log.dir).expanduser() / (config.log.name or "run")
     checkpoints = CheckpointFolder(folder, config.train.keep_last, config.train.keep_best)
     check_free(checkpoints, resume)
-    work = prepare(config, Start(device, tell, checkpoints.files() if resume else ()))
-    # From here on the folder is written to.
+    stop = Stop(tell)
+    begin = Start(device, tell, checkpoints.files() if resume else (), stop.through)
+    work = prepare(config, begin)
     with locked(folder):
-        found = _go_on(work, checkpoints, tell) if resume else None
-        barrier()  # every process has read, before the first one writes
-        logger = _loggers(config, folder, work.trainer.step if found else None, tell)
+        if is_main():
+            check_free(checkpoints, resume)  # another run may have come and gone meanwhile
+        logger = Loggers([])
         try:
-            return _train(config, work, checkpoints, found, logger, console, tell)
+            return _train(config, work, checkpoints, resume, logger, console, stop)
         finally:
             logger.close()
 
@@ -127,34 +128,40 @@ def _train(
     config: Config,
     work: Work,
     checkpoints: CheckpointFolder,
-    found: dict[str, Any] | None,
-    logger: Logger,
+    resume: bool,
+    logger: Loggers,
     console: Console,
-    tell: Tell,
+    stop: Stop,
 ) -> Outcome:
     train, log, trainer, folder = config.train, config.log, work.trainer, checkpoints.folder
     evaluator = Evaluate(
         trainer, work.look, every(train.eval_every), logger, work.bytes_per_token, train.patience
     )
-    save = Save(trainer, checkpoints, every(train.save_every), work.header, evaluator, work.also)
-    if found is not None:
-        save.load_state_dict(found["callbacks"])
-        save.step = trainer.step
+    keep = partial(furnish, folder, config.as_dict(), work.keep, stop.tell)
+    save = Save(trainer, checkpoints, every(train.save_every), work.header, evaluator, work.also, keep)
+    goes_on = resume and _go_on(work, save, checkpoints, stop.tell)
+    barrier()  # every process has read, before the first one writes
     if is_main():
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.as_dict())))
-        work.keep(folder)
+        keep(anew=True)
+        logger.loggers += _loggers(config, folder, trainer.step if goes_on else None, stop.tell)
     sample = None
     if log.prompt and work.tokenizer is not None:
-        sample = Sample(trainer, work.tokenizer, log.prompt, evaluator.looked, logger, train.seq_len)
-    show, stop = Show(console, evaluator, sample), Stop(tell)
+        more = {"context": train.seq_len, "through": stop.through}
+        sample = Sample(trainer, work.tokenizer, log.prompt, evaluator.looked, logger, **more)
+    show = Show(console, evaluator, sample)
+    stop.looking = show.looking
     watchers = _watchers(log, train.eval_every, trainer, logger, folder)
     callbacks = [*work.callbacks, *watchers, evaluator, *([sample] if sample else []), save, show, stop]
     kernel = nullcontext() if train.attention == "auto" else attention_kernel(train.attention)
     with stop.listening(), show.bar, kernel:
-        last = trainer.run(callbacks)
+        # A look that was broken off comes first; it may say that the end was reached.
+        ended = evaluator.owes and evaluator.look(trainer.step)
+        last = None if ended else trainer.run(callbacks)
         if last is not None:
+            save.save()
             if evaluator.loss is None and stop.asked is None:  # the batches ended before the first look
                 evaluator.look(last.step)
+        if trainer.step:
             save.save()
     for watcher in watchers:
         if isinstance(watcher, TraceProfiler):
@@ -162,33 +169,35 @@ def _train(
     return Outcome(folder, last, evaluator.loss, evaluator.stopping.best, evaluator.said_stop, stop.asked)
 
 
-def _go_on(work: Work, checkpoints: CheckpointFolder, tell: Tell) -> dict[str, Any] | None:
-    """Give the trainer the state of the newest whole checkpoint, and return it; None if there is none."""
+def _go_on(work: Work, save: Save, checkpoints: CheckpointFolder, tell: Tell) -> bool:
+    """Give the trainer and the callbacks the state of the newest whole checkpoint; False if there is none."""
     found = checkpoints.newest(tell)
     if found is None:
         tell(f"nothing to resume in {checkpoints.folder}: starting")
-        return None
+        return False
     state, header, path = found
     _check_same_model(header, work.header, path)
     tell(f"going on from {path}")
     try:
+        callbacks = state.pop("callbacks", None)
         work.trainer.load_state_dict(state)
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: {error}: has train.seed or the text changed?") from None
-    return state
+        save.load_state_dict(callbacks)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return True
 
 
 def _check_same_model(found: dict[str, str], own: dict[str, str], path: Path) -> None:
-    if found["kind"] != own["kind"]:
+    (kind, was), (own_kind, now) = described(found, path), described(own, path)
+    if kind != own_kind:
         raise ConfigError(
-            f"{path} holds a {found['kind']}, but the configuration asks for a {own['kind']}: "
+            f"{path} holds a {kind.name}, but the configuration asks for a {own_kind.name}: "
             "use the run's own config.yaml, or another log.name"
         )
-    was, now = json.loads(found["config"]), json.loads(own["config"])
     for name in was:
         if was[name] != now.get(name):
             raise ConfigError(
-                f"{path} holds a model with {name}={was[name]}, but the configuration says {now.get(name)}: "
+                f"{path} holds a model with {name}={was[name]!s:.60}, but the configuration says {now.get(name)}: "
                 "use the run's own config.yaml, or another log.name"
             )
 
@@ -202,9 +211,7 @@ def _watchers(log: LogTable, rarely: int, trainer: Trainer, logger: Logger, fold
     return found
 
 
-def _loggers(config: Config, folder: Path, resume_step: int | None, tell: Tell) -> Logger:
-    if not is_main():
-        return Logger()
+def _loggers(config: Config, folder: Path, resume_step: int | None, tell: Tell) -> list[Logger]:
     log = config.log
     loggers: list[Logger] = [CSVLogger(folder / "metrics.csv", resume_step)]
     if log.tensorboard:
@@ -214,7 +221,7 @@ def _loggers(config: Config, folder: Path, resume_step: int | None, tell: Tell) 
             tell(f"{error}; metrics.csv is written in any case")
     if log.wandb:
         loggers.append(WandbLogger(folder, log.project, folder.name, config.as_dict(), resume_step))
-    return Loggers(loggers)
+    return loggers
 
 
 def _silent(*_: object) -> None:

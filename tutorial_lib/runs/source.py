@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,6 +24,7 @@ from tutorial_lib.interop.tokenizers import (
     same_tokenizer,
     token_lengths,
 )
+from tutorial_lib.tools.expect import Maybe, expect
 
 __all__ = ["Source", "open_source"]
 
@@ -59,6 +62,21 @@ class Source:
             total += int(lengths[tokens[start : start + step]].sum())
         return total / len(tokens)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Which texts these are; of one that streams in, nobody knows before it is read."""
+        parts = {"train": self.train, "val": self.val}
+        return {name: fingerprint(tokens) for name, tokens in parts.items() if tokens is not None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Whether a run that goes on reads the texts that it has read so far; a ValueError if not."""
+        expect(state, {"train": Maybe(str), "val": Maybe(str)}, "callbacks.text")
+        for name, digest in self.state_dict().items():
+            if state.get(name) not in (None, digest):
+                what = {"train": "train on", "val": "validate on"}[name]
+                raise ValueError(
+                    f"the text to {what} is not the one that the run has read so far: has it changed?"
+                )
+
     def part(self, split: str) -> np.ndarray | ShardedTokens:
         """`train` or `val`."""
         if split not in ("train", "val"):
@@ -67,6 +85,18 @@ class Source:
         if tokens is None:
             raise ValueError("the training text streams in and has no end: evaluate on val")
         return tokens
+
+
+def fingerprint(tokens: np.ndarray | ShardedTokens) -> str:
+    """SHA-256 of the ids; of more than 2²⁶ only that of 1024 pieces, spread evenly: another text is seen at once."""
+    length, piece = len(tokens), 1 << 16
+    starts = (
+        range(0, length, piece) if length <= 1 << 26 else np.linspace(0, length - piece, 1024).astype(int)
+    )
+    digest = hashlib.sha256(f"{length}".encode())
+    for start in starts:
+        digest.update(np.ascontiguousarray(tokens[int(start) : int(start) + piece], dtype="<u4"))
+    return digest.hexdigest()
 
 
 def open_source(

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from tutorial_lib.runs.callbacks import Evaluate, Sample
-from tutorial_lib.train.distributed import is_main
+from tutorial_lib.runs.callbacks import Evaluate, Sample, Stopped
+from tutorial_lib.train.distributed import any_of, is_main
 from tutorial_lib.train.loop import StepInfo
 
 __all__ = ["Show", "Stop", "printable"]
 
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but for tabs and new lines, what turns the direction of writing round, and halves of characters."""
+
+T = TypeVar("T")
+SILENCE = 10
+"""Seconds of a look after which a line says how far it is, where there is no bar."""
 
 
 class Show:
@@ -39,6 +44,17 @@ class Show:
         self.fields: dict[str, Any] = {"step": 0, "loss": "–", "val": "–", "speed": 0.0, "eta": "–"}
         self.task = self.bar.add_task("train", total=1.0, **self.fields)
         self._first: StepInfo | None = None
+        self._spoke = 0.0
+
+    def looking(self, done: int, of: int | None) -> None:
+        """How far a look at what is held out has come."""
+        so_far = f"{done}/{of or '…'}"
+        self.bar.update(self.task, val=so_far)
+        now = time.monotonic()
+        self._spoke = now if done == 1 else self._spoke
+        if is_main() and not self.console.is_terminal and now - self._spoke > SILENCE:
+            self._spoke = now
+            self.console.print(f"validating: batch {so_far}")
 
     def __call__(self, info: StepInfo) -> None:
         before = self._first or info
@@ -72,7 +88,7 @@ def _clock(seconds: float) -> str:
 
 
 class Stop:
-    """Ends the run after the step during which Ctrl-C or a polite kill came; the second Ctrl-C insists.
+    """Ends the run after the step during which Ctrl-C or a polite kill came, and a look at once; the third Ctrl-C insists.
 
     with stop.listening():
         trainer.run([…, stop])
@@ -81,9 +97,24 @@ class Stop:
     def __init__(self, tell: Callable[[str], None] = lambda sentence: None) -> None:
         self.asked: str | None = None
         self.tell = tell
+        self.looking: Callable[[int, int | None], None] = lambda done, of: None
+        """Is told how far a look has come."""
+        self._warned = False
 
     def __call__(self, info: StepInfo) -> bool:
         return self.asked is not None
+
+    def through(self, items: Iterable[T], of: int | None = None) -> Iterator[T]:
+        """The items of a look, one by one; of `of`, if that is known.
+
+        Raises:
+            Stopped: when the end is asked for. Under torchrun all processes stop at the same item.
+        """
+        for done, item in enumerate(items, 1):
+            if any_of(self.asked is not None):
+                raise Stopped
+            yield item
+            self.looking(done, of)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -97,7 +128,13 @@ class Stop:
                 signal.signal(name, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None and number == signal.SIGINT:
+        if self.asked is None:
+            self.asked = signal.Signals(number).name
+            self.tell(f"{self.asked}: stopping after this step, with a checkpoint")
+        elif number == signal.SIGINT and self._warned:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number).name
-        self.tell(f"{self.asked}: stopping after this step, with a checkpoint")
+        elif (
+            number == signal.SIGINT
+        ):  # an impatient finger must not take back what the first one was promised
+            self._warned = True
+            self.tell("still at this step or its checkpoint: a third Ctrl-C ends at once, without it")

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from tutorial_lib.core.kernels import KERNELS
+from tutorial_lib.interop.weights import LIMITS, absurd
 from tutorial_lib.kinds import kind_named
 from tutorial_lib.runs.settings import Config, LogTable, TrainTable, model_config
 from tutorial_lib.train.optimizers import OPTIMIZERS
 from tutorial_lib.train.schedules import SCHEDULES
 
 __all__ = ["ConfigError", "check", "first_line"]
+
+TOKENS_IN_A_STEP = 1 << 27
+"""Ten times those of any run that was heard of. More is a typing error, and would fill the memory with one batch."""
 
 
 class ConfigError(ValueError):
@@ -35,6 +39,11 @@ def _check_train(train: TrainTable) -> None:
     for name in (*at_least_one, "patience", "save_every", "keep_last"):
         if (value := getattr(train, name)) is not None and value < 1:
             raise ConfigError(f"train.{name} is {value}, but must be at least 1")
+    if (tokens := train.batch_size * train.seq_len) > TOKENS_IN_A_STEP:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size:,} × train.seq_len {train.seq_len:,} are {tokens:,} tokens in a step, "
+            f"but {TOKENS_IN_A_STEP:,} are the most"
+        )
     for name in ("lr", "matrix_lr", "max_seconds", "grad_clip"):
         if (value := getattr(train, name)) is not None and not 0 < value < float("inf"):
             raise ConfigError(f"train.{name} is {value}, but must be above 0")
@@ -80,10 +89,10 @@ def _check_log(log: LogTable) -> None:
 
 def _check_model(config: Config) -> None:
     settings = asdict(config.model)
-    for name in ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_head", "d_mlp"):
-        value = settings.get(name)
-        if value is not None and not 1 <= value <= 10**6:  # beyond it a typing error, and slow to find out
-            raise ConfigError(f"model.{name} is {value}, but must be at least 1 and at most a million")
+    if (name := absurd(settings)) is not None:  # a typing error, and slow to find out
+        raise ConfigError(
+            f"model.{name} is {settings[name]}, but must be at least 1 and at most {LIMITS[name]:,}"
+        )
     window = settings.get("window")
     if not (
         window is None

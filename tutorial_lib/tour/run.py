@@ -213,6 +213,7 @@ def _train(
         last = trainer.run([evaluator, sample, save, remember, show, stop])
         assert last is not None
         if not evaluator.looked(last):  # it was stopped
+            save.save()
             evaluator.look(last.step)
             story.val_curve.append((last.seconds, evaluator.loss))
             save.save()

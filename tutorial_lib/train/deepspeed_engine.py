@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tutorial_lib.tools.expect import expect
 from tutorial_lib.train.precision import Precision
 from tutorial_lib.train.trainer import Trainer
 
@@ -152,6 +153,8 @@ class _Optimizer:
 
         if not state["state"]:
             return
+        entry = {"step": Tensor, **dict.fromkeys(MOMENTS, Tensor)}
+        expect(state["state"], dict.fromkeys(range(len(self._parameters())), entry), "the optimizer's state")
         self._make_moments()
         self._link()
         for i, parameter in enumerate(self._parameters()):

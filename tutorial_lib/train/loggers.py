@@ -100,9 +100,11 @@ class CSVLogger(Logger):
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One row. A 0-dimensional tensor will do, and becomes a number here."""
         row = {name: float(value) for name, value in values.items()} | {"step": step}
-        if new := [name for name in row if name not in self.columns]:
+        new = [name for name in row if name not in self.columns]
+        is_there = self.path.is_file()  # somebody may have removed it, and the rows would go nowhere
+        if new or not is_there:
             self._file.close()
-            _, rows = self._read()
+            rows = self._read()[1] if is_there else []
             self.columns = self.columns + new
             self._write(rows)
         self._writer.writerow(row)
@@ -130,25 +132,31 @@ class TensorBoardLogger(Logger):
         except ImportError:
             raise _without("tensorboard") from None
         hide_from = 0 if resume_step is None else resume_step + 1
+        self._folder = Path(folder)
         self._writer = SummaryWriter(str(folder), purge_step=hide_from, flush_secs=10)
+
+    def _stay(self) -> Any:
+        """The writer, in a folder that is there: its thread would die of one that somebody has removed."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A point on each name's curve."""
         for name, value in values.items():
-            self._writer.add_scalar(name, float(value), step)
+            self._stay().add_scalar(name, float(value), step)
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
         """The finite ones are drawn; without any, nothing is."""
         if (values := _finite(values)).numel():
-            self._writer.add_histogram(name, values, step)
+            self._stay().add_histogram(name, values, step)
 
     def text(self, step: int, name: str, text: str) -> None:
         """Indented by four spaces: TensorBoard takes text for Markdown, where that means "as it stands"."""
-        self._writer.add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
+        self._stay().add_text(name, textwrap.indent(text, "    ", lambda line: True), step)
 
     def close(self) -> None:
         """Write what is still in memory."""
-        self._writer.close()
+        self._stay().close()
 
 
 class WandbLogger(Logger):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tutorial_lib.data.shuffle import ShuffledBatches
+from tutorial_lib.tools.expect import Maybe, expect
 from tutorial_lib.tools.seeds import rng_state, set_rng_state
 from tutorial_lib.train.accumulate import accumulate_gradients, split_batch
 from tutorial_lib.train.distributed import (
@@ -155,17 +156,19 @@ class Trainer:
         """Go on from there, bit for bit on a CPU.
 
         Raises:
-            ValueError: if the data's order was another one.
+            ValueError: if the data's order was another one, or the state is not that of such a trainer. Nothing was
+                loaded then.
         """
-        if state["batches"] is not None:  # the one that may refuse comes first
-            places = state["batches"]  # one for each process; a shuffled order has the same place for all
-            self.batches.load_state_dict(places[min(rank(), len(places) - 1)])
         model = unwrap(self.model)
         own = model.state_dict()
+        self._check(state, own)
+        if places := state["batches"]:  # the one that may still refuse comes first
+            # One for each process; a shuffled order has the same place for all.
+            self.batches.load_state_dict(places[min(rank(), len(places) - 1)])
         model.load_state_dict({name: shard_like(t, own[name]) for name, t in state["model"].items()})
         self._load_optimizer(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
-        if self.ema is not None and state["ema"] is not None:
+        if self.ema is not None and state.get("ema") is not None:
             self.ema.load_state_dict(state["ema"])
         if rank() < len(state["rng"]):  # a process that was not there keeps its fresh seed
             set_rng_state(state["rng"][rank()])
@@ -178,9 +181,71 @@ class Trainer:
             i: {name: shard_like(value, parameters[i]) for name, value in entry.items()}
             for i, entry in state["state"].items()
         }
-        settings = [
-            {k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-        for group, mine in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(mine)  # the moments are the old run's; rates and decay are this one's
+        # The moments are the old run's; rates and decay are this one's.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _check(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """Whether this is the state of such a trainer: a file may say anything."""
+        scale = self.precision.state_dict()
+        parts = {
+            "model": weights,
+            "optimizer": {"state": dict, "param_groups": [dict]},
+            "precision": scale if scale and state.get("precision") else dict,
+            "ema": Maybe(dict if self.ema is None else self.ema.state_dict()),
+            "batches": [dict] if hasattr(self.batches, "state_dict") else None,
+            "rng": [dict],
+            "progress": {"step": int, "tokens": int, "seconds": float},
+        }
+        expect(state, parts, "state")
+        for own in state["rng"]:
+            _check_rng(own)
+        if isinstance(self.optimizer, torch.optim.Optimizer):  # DeepSpeed's looks for itself
+            moments, groups = _moments(self.optimizer)
+            found = state["optimizer"]
+            parameters = [group.get("params") for group in found["param_groups"]]
+            expect(parameters, [[int]], "the parameters of the optimizer's groups")
+            if parameters != groups:
+                raise ValueError(
+                    "the optimizer's groups have other parameters than this run's: has train.optimizer changed?"
+                )
+            there = {
+                i: entry for i, entry in moments.items() if i in found["state"]
+            }  # some never had a gradient
+            expect(found["state"], there, "the optimizer's state")
+
+
+def _check_rng(found: dict[str, Any]) -> None:
+    """Whether generators can be put there; numpy would read past the end of its numbers without a word."""
+    own, waiting = rng_state(), ("python_gauss", "numpy_gauss")
+    names = {"python", "numpy", "torch", *waiting, *found}  # GPUs, too
+    expect(found, {n: Tensor if n in waiting else own.get(n, Tensor) for n in sorted(names)}, "rng")
+    for name in ("python", "numpy"):
+        *words, place = found[name].tolist()
+        spare = found[f"{name}_gauss"]
+        sound = 0 <= min(words) <= max(words) < 2**32 and 0 <= place <= len(words)
+        if not sound or spare.ndim != 1 or len(spare) > 1 or not spare.is_floating_point():
+            raise ValueError(f"rng.{name} holds numbers that no generator has")
+    try:
+        torch.Generator().set_state(found["torch"].cpu())
+    except RuntimeError:
+        raise ValueError("rng.torch holds numbers that no generator has") from None
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Tensor]], list[list[int]]]:
+    """What an optimizer will remember of each parameter, and each group's parameters.
+
+    It makes its memory at the first step: so one is made that moves nothing, and forgotten.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    made = optimizer.state_dict()
+    optimizer.state.clear()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return made["state"], [group["params"] for group in made["param_groups"]]
