@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 pytest.importorskip("tokenizers")
@@ -293,3 +294,37 @@ def test_bytes_that_are_no_text_are_said_in_a_sentence(folder, mode):
     result = subprocess.run([*python, "tutorial_lib.cli.chat", *words], input=lines, **how)
     assert result.returncode == 2 and result.stderr == b"error: this line is not UTF-8 text\n" * 2
     assert result.stdout, "the line that is text is answered"
+
+
+def test_no_terminal_obeys_a_model_or_its_template(folder, tmp_path):
+    """Escapes could rename the window, clear what was said before, or type: a pipe has them, a terminal does not."""
+    evil = shutil.copytree(folder, tmp_path / "evil")
+    model = load_hf(folder)
+    with torch.no_grad():
+        model.head.weight[:, 0], model.head.weight[27, 0] = 0.0, 50.0  # always ESC
+    weights = load_file(evil / "model.safetensors")
+    save_file({**weights, "lm_head.weight": model.head.weight.detach().clone()}, evil / "model.safetensors")
+    about = json.loads((evil / "tokenizer_config.json").read_text())
+    about["chat_template"] = "{{ raise_exception('\x1b]0;owned\x07 \u202etxt') }}"
+    (evil / "tokenizer_config.json").write_text(json.dumps(about))
+    words = ["--model", str(evil), "--max-new-tokens", "8"]
+    assert run("generate", "--prompt", "A", *words).stdout == "A" + "\x1b" * 8 + "\n"
+
+    def shown(command: str, *more: str) -> str:
+        parent, child = pty.openpty()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "PYTHONPATH": str(ROOT)}
+        line = [sys.executable, "-m", f"tutorial_lib.cli.{command}", *words, *more]
+        subprocess.run(line, input=b"Hello\n", stdout=child, stderr=child, env=environment)  # fmt: skip
+        os.close(child)
+        said = b""
+        try:
+            while block := os.read(parent, 1 << 16):
+                said += block
+        except OSError:  # how Linux says that nobody holds the other end
+            pass
+        os.close(parent)
+        return said.decode()
+
+    assert "A" + "�" * 8 in shown("generate", "--prompt", "A")
+    complaint = shown("chat")
+    assert "]0;owned" in complaint and not set("\x1b\x07\u202e") & set(complaint)

@@ -18,8 +18,9 @@ import yaml
 from typer.testing import CliRunner
 
 from tutorial_lib.cli.main import app
+from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.tar_shards import write_tar_shards
-from tutorial_lib.interop.checkpoint import load_model
+from tutorial_lib.interop.checkpoint import load_model, save_model
 from tutorial_lib.runs.config import ConfigError, load_config
 from tutorial_lib.runs.terminal import Stop
 from tutorial_lib.train.checkpoints import load_tree
@@ -226,6 +227,11 @@ def test_one_run_at_a_time_in_a_folder(home):
     assert not list(Path("runs/small").iterdir())
 
 
+def test_brackets_in_a_name_are_no_markup(home):
+    result = run("train", "-c", "small.yaml", "--dry-run", "log.name=[/x]")
+    assert result.exit_code == 0 and "[/x]: a dry run" in result.output
+
+
 def test_dry_run_writes_nothing(home):
     before = files(home)
     result = run("train", "-c", "small.yaml", "--dry-run")
@@ -393,6 +399,65 @@ def test_tokenize_then_train_on_the_shards(home):
     assert again.exit_code == 2 and "not empty" in again.output
     wrong = run(*words, "data.tokenizer=byte", "log.name=x")
     assert wrong.exit_code == 2 and "written with" in " ".join(wrong.output.split())
+
+
+def test_two_that_tokenize_at_once(home):
+    """Both want one folder: one of them gets it, whole; the other says so, and takes nothing away."""
+    Path("long.txt").write_text("To be, or not to be: that is the question.\n" * 40_000)
+    words = ["tutorial_lib.cli.tokenize", "--dataset", "long.txt", "--vocab-size", "280", "--out", "mine"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-m", *words], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    (loser,) = [text for process, text in zip(both, said, strict=True) if process.returncode]
+    assert "another process is writing" in loser or "is not empty" in loser
+    assert sum(shards["total"] for shards in map(index_of, ("mine/train", "mine/val"))) > 10_000
+    assert not list(Path().glob(".*"))
+
+
+def test_a_tokenize_that_was_killed_is_simply_run_again(home):
+    Path("long.txt").write_text("To be, or not to be: that is the question.\n" * 400_000)
+    words = ["tutorial_lib.cli.tokenize", "--dataset", "long.txt", "--out", "mine"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words += ["--vocab-size", "280", "--shard-tokens", "1000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    end = time.monotonic() + 60
+    while not list(Path().glob(".mine.unfinished/train/*.npy")) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not Path("mine").exists() and Path(".mine.unfinished/train").exists()
+    again = run("tokenize", "--dataset", "data/tiny_text/*.txt", "--vocab-size", "280", "--out", "mine")
+    assert again.exit_code == 0, again.output
+    assert index_of("mine/train")["total"] and not list(Path().glob(".*"))
+
+
+def index_of(folder: str):
+    return json.loads(Path(folder, "index.json").read_text())
+
+
+def test_a_text_without_an_end_is_refused(home):
+    os.mkfifo("pipe.txt")
+    for dataset in ("/dev/zero", "pipe.txt", "pipe*"):
+        tokens = run("tokenize", "--dataset", dataset, "--out", "mine")
+        trained = run("train", "-c", "small.yaml", f"data.dataset={dataset}")
+        for result in (tokens, trained):
+            assert result.exit_code == 2 and "is a device or a pipe" in result.output, result.output
+    model = Transformer(ModelConfig(256, 64, 32, 2, 2, 2))
+    for dataset in ("/dev/zero", "pipe.txt"):  # a stranger's checkpoint names its text
+        about = {"tokenizer": "byte", "run": {"data": {"dataset": dataset}}}
+        save_model("stranger.ckpt", model, about)
+        result = run("eval", "--ckpt", "stranger.ckpt")
+        assert result.exit_code == 2 and "is a device or a pipe" in result.output, result.output
+        about["tokenizer"] = dataset
+        save_model("stranger.ckpt", model, about)
+        result = run("generate", "--ckpt", "stranger.ckpt")
+        assert result.exit_code == 2 and "there is no tokenizer" in result.output, result.output
 
 
 def broken_configurations(n: int, rng: random.Random):

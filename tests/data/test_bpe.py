@@ -481,3 +481,14 @@ def test_the_pattern_is_gpt2s():
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(bpe).failed == doctest.testmod(bpe_merges).failed == 0
+
+
+def test_where_there_is_no_end_to_new_words_the_rarest_are_forgotten(monkeypatch):
+    """Memory is bounded, and what is frequent is learned all the same."""
+    monkeypatch.setattr(bpe, "_MOST_CHUNKS", 100)
+    seen = []
+    learn = bpe.learn_merges
+    monkeypatch.setattr(bpe, "learn_merges", lambda counts, n: seen.append(len(counts)) or learn(counts, n))
+    texts = ["the banana " * 20 + " ".join(f"w{i}x{k}" for k in range(30)) for i in range(50)]
+    tokenizer = BPETokenizer.train(texts, 270)
+    assert seen[0] <= 100 and b" banana" in tokenizer.ranks

@@ -214,3 +214,26 @@ def test_a_generator_repeats_and_leaves_the_global_one_alone():
 def test_too_short_a_text_is_said():
     with pytest.raises(ValueError, match="8 tokens are too few for one window: seq_len 8 needs 9"):
         next(random_batches(counting(8), 1, 8))
+
+
+def header(text: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04" + bytes(100),
+        header(b"(" * 9000),
+        header(b"{'descr': '|O', 'fortran_order': False, 'shape': (5,)}\n"),
+        header(b"{'descr': '<u2', 'fortran_order': False, 'shape': (10000000000000,)}\n"),
+        header(b"{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999999999999,)}\n"),
+        header(b"{'descr': '<u2', 'fortran_order': False, 'shape': (-5,)}\n") + bytes(100),
+    ],
+)
+def test_what_is_no_token_file_is_refused(content, tmp_path):
+    path = tmp_path / "tokens.npy"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="tokens.npy is no .npy file of token ids"):
+        open_tokens(path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import http.server
 import random
-import shutil
+import tarfile
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -151,9 +153,9 @@ def test_impossible_streams_are_refused(tars):
             stream_batches(pattern, **arguments)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http addresses with curl")
-def test_over_http_the_batches_are_those_from_disk(tars, monkeypatch):
-    folder, _ = tars
+@pytest.fixture
+def web(tars, monkeypatch):
+    """The folder of tar files at an address."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -161,22 +163,39 @@ def test_over_http_the_batches_are_those_from_disk(tars, monkeypatch):
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(tars[0]))
     )
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        web = f"http://127.0.0.1:{server.server_port}/documents-{{00000..00006}}.tar"
-        over, local = (
-            stream_batches(source, TOKENIZER, 2, 16, seed=2, epochs=1) for source in (web, folder / "*.tar")
-        )
-        for (a, b), (c, d) in zip(over, local, strict=True):
-            assert torch.equal(a, c) and torch.equal(b, d)
-        missing = f"http://127.0.0.1:{server.server_port}/nothing.tar"
-        with pytest.raises(ValueError, match="nothing.tar"):
-            next(stream_batches(missing, TOKENIZER, 2, 16))
-    finally:
-        server.shutdown()
-        server.server_close()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_over_http_the_batches_are_those_from_disk(tars, web):
+    over, local = (
+        stream_batches(source, TOKENIZER, 2, 16, seed=2, epochs=1)
+        for source in (f"{web}/documents-{{00000..00006}}.tar", tars[0] / "*.tar")
+    )
+    for (a, b), (c, d) in zip(over, local, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_an_address_that_fails_is_named(tars, web):
+    whole = (tars[0] / "documents-00002.tar").read_bytes()
+    (tars[0] / "cut.tar").write_bytes(whole[:1536])
+    for name in (
+        "nothing.tar",
+        "cut.tar",
+        "a b.tar",
+        "%00.tar",
+        "a'; touch PWNED; '.tar",
+        "$(touch PWNED).tar",
+    ):
+        with pytest.raises(ValueError, match="cannot be read as a whole tar file") as error:
+            next(stream_batches(f"{web}/{name}", TOKENIZER, 2, 16))
+        assert name in str(error.value) and len(str(error.value)) < 300
+    with pytest.raises(ValueError, match="cannot be read as a whole tar file"):
+        list(read_texts("http://127.0.0.1:1/nobody.tar"))
 
 
 def test_no_name_of_a_file_is_run_as_a_command(tmp_path, monkeypatch):
@@ -191,7 +210,64 @@ def test_no_name_of_a_file_is_run_as_a_command(tmp_path, monkeypatch):
     assert not (tmp_path / "PWNED").exists()
 
 
-@pytest.mark.parametrize("character", list(" '\"`$;|<>"))
-def test_an_address_has_nothing_in_it_that_a_shell_would_obey(character):
-    with pytest.raises(ValueError, match=f"%{ord(character):02X}"):
-        find_shards(f"https://example.org/a{character}b.tar")
+def member(name, data=b"", kind=tarfile.REGTYPE, size=None, **headers):
+    """A member that may say it has another size than it has."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.pax_headers = kind, len(data) if size is None else size, headers
+    return info.tobuf(tarfile.PAX_FORMAT if headers else tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512)
+
+
+END = bytes(10240)
+HOLES = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "0.txt"}
+HUGE = 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (member("0.txt", b"1\n0\n0\n".ljust(512, b"\0"), **HOLES, **{"GNU.sparse.realsize": str(HUGE)}) + END, "has holes"),
+        (member("0.txt", (b"%d\n" % (1 << 30)) + b"0\n" * (8 << 20), **HOLES, **{"GNU.sparse.realsize": "1"}) + END, "has holes"),
+        (member("0.txt", b"to be", size=HUGE) + END, "unexpected end"),
+        (member("0.txt", bytes(65 << 20)) + END, "more than 67,108,864 bytes"),
+        (member("0.jpg", bytes(65 << 20)) + END, "more than 67,108,864 bytes"),
+        (member("././@LongLink", b"x" * (65 << 20), tarfile.GNUTYPE_LONGNAME) + END, "more than 67,108,864"),
+        (member("p", b"30 mtime=" + b"9" * 20 + b"\n", tarfile.XHDTYPE) * 3000 + member("0.txt", b"a") + END, "Error"),
+        (member("0.txt", b"to be", size=-512) + END, "below 0"),
+        (member("0.txt", b"\xff\xfe") + END, "UnicodeDecodeError"),
+        (gzip.compress(member("0.txt", bytes(1 << 28)) + END) + END, "Error"),
+        (gzip.compress(member("0.txt", b"to be") + END), "Error"),
+        (member("0.txt", b"to be") + b"damage".ljust(512) + member("1.txt", b"x") + END, "no end mark"),
+        (b"", "Error"), (b"no tar at all" * 1000, "Error"),
+    ],
+    ids=["holes", "a long map of holes", "a claim", "long", "long, of no text", "a long name", "many headers",
+         "a negative size", "no text", "a bomb", "compressed", "damage", "empty", "noise"],
+)  # fmt: skip
+def test_a_member_takes_no_more_than_it_has(data, said, tmp_path):
+    path = tmp_path / "evil.tar"
+    path.write_bytes(data)
+    del data
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=said) as error:
+            list(read_texts(str(path)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert peak < 400 << 20, f"{peak:,} bytes"
+
+
+def test_what_is_a_document(tmp_path):
+    """As WebDataset has it: the ending begins at the first dot of a file's name; folders, links and pictures are none."""
+    path = tmp_path / "a.tar"
+    members = [
+        ("0.txt", b"a"),
+        ("dir.d/1.TXT", b"b"),
+        ("2.json.txt", b"c"),
+        ("3.json", b"d"),
+        ("txt", b"e"),
+        ("4.txt", b""),
+    ]
+    link = member("5.txt", kind=tarfile.SYMTYPE) + member("6.txt", kind=tarfile.DIRTYPE)
+    path.write_bytes(b"".join(member(*each) for each in members) + link + END)
+    assert list(read_texts(str(path))) == ["a", "b", ""]

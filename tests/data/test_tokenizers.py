@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.interop import tokenizers as module
 from tutorial_lib.interop.tokenizers import encode_bytes, load_tokenizer, same_tokenizer, token_lengths
 
 TEXT = "To be, or not to be,\nthat is the question.\nWhether 'tis nobler\n\nin the mind\r\n  to suffer\n" * 5
 BPE = BPETokenizer.train(TEXT, 300, ["<|eos|>"])
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.sampled_from([*"aé ,.!1\t", "\n", "\r\n", "the ", "be,\nthat"]), max_size=60),
-    st.integers(1, 9),
-)
-def test_pieces_give_what_the_whole_gives(parts, size):
-    data = "".join(parts).encode()
-    pieces = list(module._pieces(data, size))
-    assert b"".join(pieces) == data
-    assert [i for piece in pieces for i in BPE.encode_bytes(piece)] == BPE.encode_bytes(data)
-
-
-def test_prose_is_really_cut():
-    assert len(list(module._pieces(TEXT.encode(), 10))) > 9
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), ByteTokenizer(["<|eos|>"]), BPE])

@@ -185,7 +185,9 @@ def test_what_its_configuration_cannot_make_again_is_not_saved(tmp_path):
     class Unknown(Transformer):
         pass
 
-    with pytest.raises(ValueError, match="a Unknown is no kind of model.*GPT, Transformer, .*ToyMoE.*register"):
+    with pytest.raises(
+        ValueError, match="a Unknown is no kind of model.*GPT, Transformer, .*ToyMoE.*register"
+    ):
         save_model(tmp_path / "x", Unknown(config))
     assert not (tmp_path / "x").exists()
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tutorial_lib.cli.common import BAD_INPUT, console, run_alone, sentences, speak, take_any_bytes
+from tutorial_lib.cli.common import BAD_INPUT, console, run_alone, sentences, speak, take_any_bytes, write
 from tutorial_lib.cli.models import Device, Dtype, Model, named, open_model
 from tutorial_lib.serve.conversation import Conversation
 from tutorial_lib.serve.respond import Request
@@ -107,7 +107,7 @@ def _read(person: bool) -> str:
         except KeyboardInterrupt:
             speak("\nCtrl-D or /quit leaves")
         except EOFError:
-            print()
+            write("\n")
             raise
 
 
@@ -115,13 +115,13 @@ def _answer(talk: Conversation, line: str, person: bool) -> None:
     start, forgotten, pieces, read = time.perf_counter(), talk.forgotten, 0, 0
     try:
         if person:
-            print("\n", end="")
+            write("\n")
         for piece in talk.ask(line):
-            print(piece, end="", flush=True)
+            write(piece)
             pieces, read = pieces + 1, read or talk.used
-        print(flush=True)
+        write("\n")
     except KeyboardInterrupt:
-        print(" …", flush=True)
+        write(" …\n")
     if person:
         seconds = time.perf_counter() - start
         written = max(

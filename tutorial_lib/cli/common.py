@@ -16,10 +16,11 @@ from safetensors import SafetensorError
 
 from tutorial_lib.data.corpora import CorpusError
 from tutorial_lib.runs.config import ConfigError
+from tutorial_lib.runs.terminal import printable
 from tutorial_lib.train.checkpoints import CheckpointError
 from tutorial_lib.train.trainer import DivergedError
 
-__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "run_alone", "sentences", "speak", "take_any_bytes"]
+__all__ = ["BAD_INPUT", "FAILED", "INTERRUPTED", "run_alone", "sentences", "speak", "take_any_bytes", "write"]
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: what was asked for cannot be done; it was tried and failed; Ctrl-C."""
@@ -28,8 +29,13 @@ console = Console(stderr=True, highlight=False)
 
 
 def speak(sentence: str) -> None:
-    """One line for the person at the terminal; results go to stdout, this does not."""
-    console.print(sentence, markup=False, soft_wrap=True)
+    """One line for the person at the terminal; results go to stdout, this does not. Names in it may be a stranger's."""
+    console.print(printable(sentence), markup=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """A result on stdout, at once. A pipe or a file gets it as it is, a terminal without what it would obey."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def take_any_bytes() -> None:

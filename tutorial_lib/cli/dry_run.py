@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from tutorial_lib.cli.common import console
@@ -42,7 +43,7 @@ def report(config: Config) -> None:
     flops = flops_per_token(shape, train.seq_len)["training"]
     tokens = train.batch_size * train.seq_len * train.steps
 
-    table = Table(title=f"{config.log.name}: a dry run", show_header=False, title_justify="left")
+    table = Table(title=escape(f"{config.log.name}: a dry run"), show_header=False, title_justify="left")
     counts = count_parameters(shape)
     for name, count in counts.items():
         if count and (name != "active" or count != counts["total"]):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tutorial_lib.cli.common import run_alone, sentences, speak, take_any_bytes
+from tutorial_lib.cli.common import run_alone, sentences, speak, take_any_bytes, write
 from tutorial_lib.cli.models import Device, Dtype, Model, open_model
 from tutorial_lib.serve.respond import Request, complete, respond
 
@@ -78,16 +78,16 @@ def generate(
         if longest > reads:
             speak(f"note: a prompt has {longest:,} tokens, and the model reads only the last {reads:,}")
         if len(texts) == 1:
-            print(texts[0], end="", flush=True)
+            write(texts[0])
             for _, piece in respond(found.model, found.tokenizer, requests):
-                print(piece, end="", flush=True)
-            print()
+                write(piece)
+            write("\n")
             return
         for start in range(0, len(texts), AT_ONCE):
             replies = complete(found.model, found.tokenizer, requests[start : start + AT_ONCE])
             for number, reply in enumerate(replies, start):
                 speak(f"── {number + 1} of {len(texts)}")
-                print(texts[number] + reply.text, flush=True)
+                write(texts[number] + reply.text + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +11,10 @@ import typer
 
 from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.data.bpe import BPETokenizer
-from tutorial_lib.data.corpora import CORPORA, load_text
+from tutorial_lib.data.corpora import files_of
+from tutorial_lib.data.documents import Documents, Piece, part_of_document, some_documents
 from tutorial_lib.data.holdout import split_train_val
+from tutorial_lib.data.new_folder import new_folder
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.data.shards import ShardWriter
 from tutorial_lib.interop.tokenizers import encode_bytes, load_tokenizer
@@ -21,23 +23,11 @@ __all__ = ["tokenize"]
 
 EOS = "<|eos|>"
 
+LONGEST_TO_CLEAN = 1 << 23
+"""Bytes. To be judged, a document is read as a whole, and all its runs of words are held beside it."""
 
-def documents_of(dataset: str, separator: str | None) -> Iterator[bytes]:
-    """The documents of a text: a corpus is one, each file of a pattern is one, or what a separator cuts out."""
-    if dataset in CORPORA:
-        texts: Iterable[bytes] = [load_text(dataset)]
-    else:
-        import glob
-
-        paths = sorted(glob.glob(str(Path(dataset).expanduser()), recursive=True))
-        texts = (
-            (Path(path).read_bytes() for path in paths if Path(path).is_file())
-            if paths
-            else [load_text(dataset)]
-        )
-    for text in texts:
-        pieces = text.split(separator.encode()) if separator else [text]
-        yield from (piece for piece in pieces if piece.strip())
+Part = Callable[[], Iterator[Piece]]
+"""One part of the text: goes through it from the beginning."""
 
 
 def tokenize(
@@ -70,73 +60,88 @@ def tokenize(
     The BPE is trained on what is not held out for validation. Then train on the folder: data.dataset=data/mine
     """
     with sentences():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} is not empty: choose another folder")
-        documents: list[bytes] = list(
-            documents_of(
-                dataset,
-                separator and separator.encode("latin-1", "backslashreplace").decode("unicode_escape"),
-            )
-        )
-        if clean:
-            documents = cleaned(documents)
-        if not documents and clean:
-            raise ValueError("cleaning left no document: cut the text into documents with --separator")
-        if not documents:
-            raise ValueError(f"there is no text in {dataset}")
-        if len(documents) == 1:  # one long text: its end
-            import numpy as np
-
-            halves = split_train_val(np.frombuffer(documents[0], np.uint8), val_fraction)
-            parts = {name: [half.tobytes()] for name, half in zip(("train", "val"), halves, strict=True)}
-        else:
-            cut = len(documents) - max(1, round(len(documents) * val_fraction))
-            if not 0 < cut < len(documents):
-                raise ValueError(
-                    f"--val-fraction {val_fraction} leaves nothing of {len(documents)} documents"
-                )
-            parts = {"train": documents[:cut], "val": documents[cut:]}
-        known = load_tokenizer(tokenizer) if tokenizer else train_bpe(parts["train"], vocab_size)
-        try:
+        with new_folder(out) as place:
+            cut = (separator or "").encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+            documents = Documents(files_of(dataset), cut or None)
+            if clean:
+                documents = cleaned(documents, place / "clean")
+            parts = split(documents, val_fraction, dataset, clean)
+            known = load_tokenizer(tokenizer) if tokenizer else train_bpe(parts["train"](), vocab_size)
             name = tokenizer if tokenizer in ("byte", "gpt2") else "tokenizer.json"
-            for part, texts in parts.items():
-                total = write(out / part, known, name, texts, shard_tokens)
-                speak(f"{part}: {sum(map(len, texts)):,} bytes are {total:,} tokens")
-            if isinstance(known, BPETokenizer) and name == "tokenizer.json":
-                known.save(out / name)
-        except BaseException:
-            shutil.rmtree(out, ignore_errors=True)  # it was empty: nothing half-written stays
-            raise
+            for part, pieces in parts.items():
+                size, total = write(place / part, known, name, pieces(), shard_tokens)
+                speak(f"{part}: {size:,} bytes are {total:,} tokens")
+            if name == "tokenizer.json":
+                known.save(place / name)
+            (place / "clean").unlink(missing_ok=True)
         print(out)
 
 
-def train_bpe(texts: Iterable[bytes], vocab_size: int) -> BPETokenizer:
+def split(documents: Documents, val_fraction: float, dataset: str, clean: bool) -> dict[str, Part]:
+    """What is trained on and what is held out: the last documents; of a single one, its end."""
+    number, size = documents.measure()
+    if number == 0 and clean:
+        raise ValueError("cleaning left no document: cut the text into documents with --separator")
+    if number == 0:
+        raise ValueError(f"there is no text in {dataset}")
+    if number == 1:
+        train, _ = split_train_val(range(size), val_fraction)
+        cut, end, of = len(train), size, part_of_document
+    else:
+        cut, end, of = number - max(1, round(number * val_fraction)), number, some_documents
+        if not 0 < cut < number:
+            raise ValueError(f"--val-fraction {val_fraction} leaves nothing of {number} documents")
+    return {"train": partial(of, documents, 0, cut), "val": partial(of, documents, cut, end)}
+
+
+def train_bpe(pieces: Iterable[Piece], vocab_size: int) -> BPETokenizer:
     """A vocabulary with `<|eos|>` as its last id."""
     speak(f"training a BPE of {vocab_size:,} tokens …")
-    known = BPETokenizer.train((text.decode("utf-8", "replace") for text in texts), vocab_size, [EOS])
+    known = BPETokenizer.train((piece.decode("utf-8", "replace") for piece, _ in pieces), vocab_size, [EOS])
     if known.vocab_size < vocab_size:
         speak(f"the text ran out of pairs: {known.vocab_size:,} tokens")
     return known
 
 
-def write(folder: Path, known: Tokenizer, name: str, texts: Iterable[bytes], shard_tokens: int) -> int:
-    """One part as shards, `<|eos|>` after each document if the tokenizer has one."""
+def write(
+    folder: Path, known: Tokenizer, name: str, pieces: Iterable[Piece], shard_tokens: int
+) -> tuple[int, int]:
+    """One part as shards, `<|eos|>` after each document if the tokenizer has one: how many bytes, and tokens."""
+    size = 0
     with ShardWriter(folder, known.vocab_size, name, shard_tokens) as writer:
-        for text in texts:
-            writer.add(encode_bytes(known, text))
-            if known.eos_id is not None:
+        for piece, ends in pieces:
+            size += len(piece)
+            writer.add(encode_bytes(known, piece))
+            if ends and known.eos_id is not None:
                 writer.add([known.eos_id])
-    return writer.total
+    return size, writer.total
 
 
-def cleaned(documents: list[bytes]) -> list[bytes]:
-    """Without duplicates, junk and personal data; says what went."""
+def cleaned(documents: Documents, place: Path) -> Documents:
+    """Without duplicates, junk and personal data, in a file for as long as they are needed; says what went."""
     from tutorial_lib.data.clean import clean as clean_up
 
-    kept, report = clean_up(document.decode("utf-8", "replace") for document in documents)
-    result = [text.encode() for text in kept]
+    kept, report = clean_up(_whole(documents))
+    mark = b"\xff"  # no text has this byte
+    with place.open("wb") as file:
+        for text in kept:
+            file.write(text.encode("utf-8", "replace") + mark)
     speak(str(report))
-    return result
+    return Documents([place], mark)
+
+
+def _whole(documents: Documents) -> Iterator[str]:
+    held = b""
+    for piece, ends in documents:
+        held += piece
+        if len(held) > LONGEST_TO_CLEAN:
+            raise ValueError(
+                f"a document has more than the {LONGEST_TO_CLEAN:,} bytes that --clean can look at: "
+                "cut the text into documents with --separator"
+            )
+        if ends:
+            yield held.decode("utf-8", "replace")
+            held = b""
 
 
 if __name__ == "__main__":

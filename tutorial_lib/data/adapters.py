@@ -6,12 +6,14 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.bpe_formats import gpt2_characters
 from tutorial_lib.data.bpe_merges import GPT2_PATTERN
+from tutorial_lib.data.rules import check_rules, check_speed
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.files import read_json, write_text
 
@@ -71,21 +73,24 @@ class HuggingFaceTokenizer(_ByBytes):
         self.tokenizer = tokenizer
         tokenizer.no_truncation()  # some files carry what batches were once cut and filled up to
         tokenizer.no_padding()
-        rules = self.rules
-        self.specials = {t["content"]: t["id"] for t in rules["added_tokens"] if t["special"]}
+        added = tokenizer.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in sorted(added.items()) if token.special}
         for name in (eos, bos):
             if name is not None and tokenizer.token_to_id(name) is None:
                 raise ValueError(f"the tokenizer has no token {name!r}")
         usual = ("<|eos|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
         self.eos = eos or next((name for name in usual if name in self.specials), None)
         self.bos = bos
-        if not (found := self._all_bytes(rules)):
+        if not (found := self._all_bytes({i: token.content.encode() for i, token in added.items()})):
             raise ValueError("the tokenizer has no tokens")
         self._bytes = found
 
     @classmethod
-    def load(cls, path: str | Path) -> HuggingFaceTokenizer:
+    def load(cls, path: str | Path, rules: dict[str, Any] | None = None) -> HuggingFaceTokenizer:
         """From a `tokenizer.json`; what ends a text is in a `tokenizer_config.json` beside it.
+
+        Args:
+            rules: What the file says, if it has been read.
 
         Raises:
             ValueError: if it is no such file.
@@ -95,18 +100,16 @@ class HuggingFaceTokenizer(_ByBytes):
             import tokenizers
         except ImportError:
             raise ImportError(f"{path} needs the package tokenizers: pip install tokenizers") from None
-        try:
-            known = tokenizers.Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the package raises nothing more specific; and it panics, at times
-            said = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"{path} is no tokenizer.json that the package tokenizers reads: {said}"
-            ) from None
+        rules = read_json(path, LARGEST) if rules is None else rules
         about = read_tokenizer_config(path.parent)
         try:
-            return cls(known, _name(about.get("eos_token")), _name(about.get("bos_token")))
+            check_rules(rules)
+            with _no_panic("the package tokenizers does not read it"):
+                # What was looked at, not the file: two readers of JSON need not agree on a name that comes twice.
+                known = tokenizers.Tokenizer.from_str(json.dumps(rules))
+            found = cls(known, _name(about.get("eos_token")), _name(about.get("bos_token")))
+            check_speed(found.encode)
+            return found
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -132,7 +135,8 @@ class HuggingFaceTokenizer(_ByBytes):
     @property
     def starts(self) -> list[int]:
         """What it puts before a text if it is asked to: BOS, or nothing. `encode` never does."""
-        ids = self.tokenizer.encode("").ids
+        with _no_panic("the tokenizer cannot be used"):
+            ids = self.tokenizer.encode("").ids
         return ids if self.bos is not None and ids == [self.tokenizer.token_to_id(self.bos)] else []
 
     @property
@@ -141,12 +145,17 @@ class HuggingFaceTokenizer(_ByBytes):
         return None if self.eos is None else self.tokenizer.token_to_id(self.eos)
 
     def encode(self, text: str, allow_specials: bool = False) -> list[int]:
-        """The ids of `text`, as in `ByteTokenizer.encode`; nothing is put before or after it."""
+        """The ids of `text`, as in `ByteTokenizer.encode`; nothing is put before or after it.
+
+        Raises:
+            ValueError: if the tokenizer's own rules fail on the text.
+        """
         text.encode("utf-8")  # half a surrogate pair: say so here
         self.tokenizer.encode_special_tokens = (
             not allow_specials
         )  # its name is misleading: True keeps them text
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _no_panic("the tokenizer cannot cut this text"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """The ids of a text's bytes.
@@ -176,8 +185,9 @@ class HuggingFaceTokenizer(_ByBytes):
         )
         return vocab, added, rules["model"].get("merges"), rules["model"].get("ignore_merges"), cut
 
-    def _all_bytes(self, rules: dict[str, Any]) -> dict[int, bytes]:
-        decoders = rules["decoder"] or {}
+    def _all_bytes(self, added: dict[int, bytes]) -> dict[int, bytes]:
+        decoder = self.tokenizer.decoder
+        decoders = {} if decoder is None else json.loads(decoder.__getstate__())
         steps = [step.get("type") for step in decoders.get("decoders", [decoders])]
         if "ByteLevel" in steps:
             byte_of = {character: byte for byte, character in gpt2_characters().items()}
@@ -189,11 +199,21 @@ class HuggingFaceTokenizer(_ByBytes):
                 f"its decoder {steps} is not known: byte-level BPE and SentencePiece's with bytes are"
             )
         vocab = self.tokenizer.get_vocab(with_added_tokens=False)
-        added = {t["id"]: t["content"].encode("utf-8") for t in rules["added_tokens"]}
         try:
             return {i: spell(token) for token, i in vocab.items() if i not in added} | added
         except KeyError as error:
             raise ValueError(f"a token has the character {error}, which stands for no byte") from None
+
+
+@contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """Make a ValueError of whatever the package raises: nothing specific, and panics, which are no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _sentencepiece(token: str) -> bytes:

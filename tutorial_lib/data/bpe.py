@@ -24,6 +24,7 @@ __all__ = ["BPETokenizer"]
 
 
 _FORMAT = "llm-from-scratch bpe 1"
+_MOST_CHUNKS = 1 << 19  # different chunks that training counts at once: each takes about half a kilobyte
 _CACHED_CHUNKS = 1 << 16  # how many chunks an encoder remembers,
 _CACHED_LENGTH = 64  # and how long they may be: together they bound its memory
 
@@ -90,6 +91,7 @@ class BPETokenizer:
 
         Ids 0 to 255 are the bytes, then the tokens in the order of their merges: a smaller vocabulary is the
         beginning of a larger one. See `learn_merges` for ties. `texts` is one text or many; no chunk spans two.
+        Where they have more than half a million different chunks, the rarest are forgotten between two texts.
         """
         n_merges = vocab_size - 256 - len(specials)
         if n_merges < 0:
@@ -99,6 +101,8 @@ class BPETokenizer:
         counts: Counter[str] = Counter()
         for text in [texts] if isinstance(texts, str) else texts:
             counts.update(split_chunks(text, pattern))
+            if len(counts) > _MOST_CHUNKS:  # there is no end to new words, and the rarest teach least
+                counts = Counter(dict(counts.most_common(_MOST_CHUNKS // 2)))
         tokens = [bytes([b]) for b in range(256)]
         for left, right in learn_merges(counts, n_merges):
             tokens.append(tokens[left] + tokens[right])

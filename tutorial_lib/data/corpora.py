@@ -45,6 +45,7 @@ __all__ = [
     "CorpusError",
     "cache_folder",
     "fetch",
+    "files_of",
     "load_text",
 ]
 
@@ -123,6 +124,17 @@ def load_text(dataset: str, cache_dir: str | Path | None = None) -> bytes:
     """
     if dataset in CORPORA:
         return fetch(dataset, cache_dir).read_bytes()
+    return b"\n\n".join(_read_utf8(path) for path in files_of(dataset))
+
+
+def files_of(dataset: str, cache_dir: str | Path | None = None) -> list[Path]:
+    """The files that a dataset's name stands for, as `load_text` joins them; at least one.
+
+    Raises:
+        CorpusError: if there is none, or one has no end to read to: a device, a pipe.
+    """
+    if dataset in CORPORA:
+        return [fetch(dataset, cache_dir)]
     if not re.search(r"[*?\[./\\~]", dataset) and not Path(dataset).exists():
         if dataset in MODELS or dataset in VOCABULARIES:
             kind = "model" if dataset in MODELS else "vocabulary"
@@ -130,7 +142,7 @@ def load_text(dataset: str, cache_dir: str | Path | None = None) -> bytes:
                 f"{dataset!r} is a {kind}, not a text: known texts are {', '.join(sorted(CORPORA))}."
             )
         _corpus(dataset)  # a bare word that is no file: take it for the misspelt name of a corpus
-    return b"\n\n".join(_read_utf8(path) for path in _own_files(dataset))
+    return _own_files(dataset)
 
 
 def _corpus(name: str) -> Corpus:
@@ -152,6 +164,11 @@ def _own_files(dataset: str) -> list[Path]:
         [Path(pattern)] if Path(pattern).exists() else [Path(p) for p in glob.glob(pattern, recursive=True)]
     )
     files = sorted((path for path in found if not path.is_dir()), key=Path.as_posix)
+    for path in files:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise CorpusError(
+                f"{path} is a device or a pipe, which may have no end: save its text in a file."
+            )
     if files:
         return files
     if found:

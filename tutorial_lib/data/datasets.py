@@ -34,7 +34,7 @@ def write_tokens(path: str | Path, ids: Sequence[int] | np.ndarray, vocab_size: 
         bad = ids.max() if ids.max() >= vocab_size else ids.min()
         raise ValueError(f"token id {bad} is outside the vocabulary of {vocab_size}: wrong tokenizer?")
     with beside(path) as place, open(place, "wb") as file:
-        np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1)), allow_pickle=False)
+        np.save(file, ids.astype(np.min_scalar_type(vocab_size - 1), copy=False), allow_pickle=False)
     return path
 
 
@@ -44,7 +44,12 @@ def open_tokens(path: str | Path) -> np.ndarray:
     Raises:
         ValueError: if the file holds anything but one line of integers.
     """
-    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # NumPy reads a header as Python, and hands on what Python says of it
+        raise ValueError(f"{path} is no .npy file of token ids: {error or type(error).__name__}") from None
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}, not a line of token ids")
     return tokens

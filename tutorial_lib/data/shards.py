@@ -32,7 +32,7 @@ class ShardWriter:
             for document in documents:
                 writer.add(tokenizer.encode(document) + [tokenizer.eos_id])
 
-    It holds one shard in memory, and a copy of it while that is written. If the block ends with an error, no index
+    It holds one shard in memory. If the block ends with an error, no index
     is written. What such an attempt left behind (files named as shards, no index) is cleared away by the next one.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,9 @@ import numpy as np
 from tutorial_lib.data.adapters import LARGEST, HuggingFaceTokenizer, TiktokenTokenizer, as_huggingface
 from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.corpora import fetch
+from tutorial_lib.data.documents import cut
 from tutorial_lib.data.protocol import Tokenizer, token_bytes
+from tutorial_lib.data.rules import check_pattern, check_speed
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.files import read_json
 from tutorial_lib.interop.gguf_file import GGUFFile
@@ -67,12 +68,19 @@ def _from_file(path: Path) -> Tokenizer:
         return read_vocabulary(GGUFFile(path))
     content = read_json(path, LARGEST)
     if "added_tokens" in content:
-        return HuggingFaceTokenizer.load(path)
+        return HuggingFaceTokenizer.load(path, content)
     if "format" not in content:
         raise ValueError(
             f"{path} is neither a tokenizer.json of Hugging Face's nor a vocabulary that `llm-scratch tokenize` wrote"
         )
-    return BPETokenizer.load(path)
+    try:
+        check_pattern(str(content.get("pattern")))
+        found = BPETokenizer.load(path)
+        check_speed(found.encode)
+    except ValueError as error:
+        said = str(error)
+        raise ValueError(said if said.startswith(str(path)) else f"{path}: {said}") from None
+    return found
 
 
 def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
@@ -92,29 +100,13 @@ def same_tokenizer(a: Tokenizer, b: Tokenizer) -> bool:
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> np.ndarray:
     """The ids of a text's bytes, in the smallest type that holds them; a broken character does no harm to ours.
 
-    The text is cut where a line ends in a visible character and the next begins with a letter, which no chunk of
-    a BPE spans, so that only a piece is ever a list of Python's numbers.
+    The text is cut where no chunk of a BPE goes on, so that only a piece is ever a list of Python's numbers. (A
+    tokenizer that puts a space before every text, as Llama 2's, puts it before every piece.)
     """
     kind = np.min_scalar_type(tokenizer.vocab_size - 1)
     if isinstance(tokenizer, ByteTokenizer):
         return np.frombuffer(data, np.uint8).astype(kind, copy=False)
-    return np.concatenate(
-        [np.array(tokenizer.encode_bytes(piece), kind) for piece in _pieces(data)] or [np.empty(0, kind)]
-    )
-
-
-def _pieces(data: bytes, size: int = 1 << 20) -> Iterator[bytes]:
-    start = 0
-    while start < len(data):
-        end = start + size
-        while end < len(data):
-            end = data.find(b"\n", end) + 1
-            if end == 0:
-                end = len(data)
-            elif 33 <= data[end - 2] < 127 and data[end : end + 1].isalpha():
-                break
-        yield data[start:end]
-        start = end
+    return np.concatenate([np.array(tokenizer.encode_bytes(piece), kind) for piece in cut(data)])
 
 
 def token_lengths(tokenizer: Tokenizer) -> np.ndarray:

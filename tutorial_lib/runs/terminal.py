@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,9 @@ from tutorial_lib.train.distributed import any_of, is_main
 from tutorial_lib.train.loop import StepInfo
 
 __all__ = ["Show", "Stop", "printable"]
+
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tabs and new lines, what turns the direction of writing round, and halves of characters."""
 
 T = TypeVar("T")
 SILENCE = 10
@@ -74,8 +78,8 @@ class Show:
 
 
 def printable(text: str) -> str:
-    """Without control characters: an untrained model writes them, and a terminal would obey them."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+    """Without what a terminal would obey: an untrained model writes it by chance, and a stranger on purpose."""
+    return OBEYED.sub("�", text)
 
 
 def _clock(seconds: float) -> str:

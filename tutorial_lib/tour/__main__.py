@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from tutorial_lib.data.corpora import CorpusError
+from tutorial_lib.runs.terminal import printable
 from tutorial_lib.tour.recipes import RECIPES, with_seconds
 from tutorial_lib.tour.report import write_report
 from tutorial_lib.tour.run import run
@@ -47,11 +49,15 @@ def main(argv: list[str] | None = None) -> int:
         console.print("Stopped at once: what the last checkpoint has is all there is.")
         return 130
     except (CorpusError, DivergedError, ValueError, OSError) as error:
-        console.print(f"[bold red]The tour stopped:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[bold red]The tour stopped:[/] {escape(printable(str(error)))}", highlight=False, soft_wrap=True
+        )
         return 1
     if story.interrupted:
-        console.print(f"Stopped after step {story.steps}. A usable checkpoint: {folder / 'latest.ckpt'}")
-        console.print(f"The report so far: {report}", highlight=False, soft_wrap=True)
+        console.print(
+            f"Stopped after step {story.steps}. A usable checkpoint: {escape(str(folder / 'latest.ckpt'))}"
+        )
+        console.print(f"The report so far: {escape(str(report))}", highlight=False, soft_wrap=True)
         return 130
     console.print(
         f"[bold]{story.loss:.3f} nats/byte[/] ({story.bits_per_byte:.2f} bits) on the last tenth, after "
@@ -59,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, bits in sorted(story.baselines.items(), key=lambda item: -item[1]):
         console.print(f"  {name:<36} {bits:.2f} bits per byte", highlight=False)
-    console.print(f"Open [bold]{report}[/]", highlight=False, soft_wrap=True)
+    console.print(f"Open [bold]{escape(str(report))}[/]", highlight=False, soft_wrap=True)
     return 0
 
 
