@@ -228,8 +228,8 @@ def test_one_run_at_a_time_in_a_folder(home):
 
 
 def test_brackets_in_a_name_are_no_markup(home):
-    result = run("train", "-c", "small.yaml", "--dry-run", "log.name=[/x]")
-    assert result.exit_code == 0 and "[/x]: a dry run" in result.output
+    result = run("train", "-c", "small.yaml", "--dry-run", "log.name=a[bold]b")
+    assert result.exit_code == 0 and "a[bold]b: a dry run" in result.output
 
 
 def test_dry_run_writes_nothing(home):

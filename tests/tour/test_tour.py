@@ -97,6 +97,7 @@ def test_a_run_of_somebody_else_is_left_alone(tmp_path, text, file, capsys):
 
 def test_errors_are_one_sentence(tmp_path, capsys):
     assert main(["--dataset", str(tmp_path / "none*.txt"), "--out", str(tmp_path / "o")]) == 1
+    assert main(["--dataset", str(tmp_path / "[/x]*.txt"), "--out", str(tmp_path / "o")]) == 1  # no markup
     (tmp_path / "short.txt").write_text("brief", encoding="utf-8")
     assert main(["--dataset", str(tmp_path / "short.txt"), "--out", str(tmp_path / "o")]) == 1
     out = capsys.readouterr().out
