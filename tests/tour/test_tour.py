@@ -101,7 +101,7 @@ def test_errors_are_one_sentence(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("brief", encoding="utf-8")
     assert main(["--dataset", str(tmp_path / "short.txt"), "--out", str(tmp_path / "o")]) == 1
     out = capsys.readouterr().out
-    assert out.count("The tour stopped:") == 2 and "Traceback" not in out
+    assert out.count("The tour stopped:") == 3 and "Traceback" not in out
     with pytest.raises(SystemExit) as exit:
         main(["--seconds", "-1"])
     assert exit.value.code == 2
