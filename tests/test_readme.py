@@ -132,7 +132,8 @@ def test_commands_of_a_run_of_ones_own(clone: Path):
     assert len(mine) >= 8
     out = run_small(clone, mine)
     assert "going on from runs/tiny/step_00000002.ckpt" in out and "124" in out
-    assert all((clone / "runs" / name / "latest.ckpt").is_file() for name in ("tiny", "mine", "bpe"))
+    names = ("tiny", "mine", "bpe", "moe", "grown")
+    assert all((clone / "runs" / name / "latest.ckpt").is_file() for name in names)
 
 
 @pytest.mark.slow
