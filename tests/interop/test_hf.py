@@ -9,6 +9,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from tutorial_lib.interop.hf import hf_config, load_hf, save_hf
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
 from tutorial_lib.interop.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.weights import WeightsError
+from tutorial_lib.moe.model import MOE_PRESETS, MoEConfig
 from tutorial_lib.quant.int8 import to_int8
 
 transformers.utils.logging.disable_progress_bar()
@@ -88,6 +90,39 @@ def their_configs():
         "gpt2": transformers.GPT2Config(
             vocab_size=96, n_positions=64, n_embd=48, n_head=4, n_layer=3, n_inner=80, **ends
         ),
+        "mixtral": transformers.MixtralConfig(**THEIRS, num_local_experts=4, router_aux_loss_coef=0.02),
+        "mixtral-window": transformers.MixtralConfig(
+            **{**THEIRS, "num_key_value_heads": 1},
+            **tied,
+            head_dim=16,
+            sliding_window=7,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            router_aux_loss_coef=0.01,
+            rope_parameters={**LLAMA3_THEIRS, "rope_theta": 1e4},
+        ),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **THEIRS,
+            **tied,
+            head_dim=24,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.01,
+        ),
+        "qwen3_moe-hybrid": transformers.Qwen3MoeConfig(
+            **{**THEIRS, "num_hidden_layers": 6, "num_key_value_heads": 4},
+            num_experts=3,
+            num_experts_per_tok=1,
+            moe_intermediate_size=88,
+            decoder_sparse_step=2,
+            mlp_only_layers=[0, 1],
+            use_sliding_window=True,
+            sliding_window=9,
+            rms_norm_eps=1e-5,
+            router_aux_loss_coef=0.0,
+        ),
     }
 
 
@@ -109,6 +144,8 @@ def their_loader(folder: Path):
 
 def plain(config: ModelConfig) -> ModelConfig:
     """The same shape, with all that is None by default written out."""
+    if isinstance(config, MoEConfig):
+        config = plain_experts(config)
     gated = config.mlp == "swiglu"
     windows = tuple(config.window_of(layer) for layer in range(config.n_layers))
     return replace(
@@ -120,6 +157,21 @@ def plain(config: ModelConfig) -> ModelConfig:
         window=windows,
         dropout=0.0,
         **({} if config.rope else {"rope_base": 0.0, "rope_scaling": None}),
+    )
+
+
+def plain_experts(config: MoEConfig) -> MoEConfig:
+    """Which layers have experts can be said in several ways; where all have, nobody asks how wide an MLP is."""
+    has = [config.has_experts(layer) for layer in range(config.n_layers)]
+    width = config.expert_width if all(has) else config.mlp_width
+    first = has.index(True)
+    return replace(
+        config,
+        d_mlp=width,
+        d_expert=config.expert_width,
+        dense_first=first,
+        capacity_factor=None,
+        z_loss_coef=0.0,
     )
 
 

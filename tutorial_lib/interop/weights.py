@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.interop.expert_names import ExpertRule
 from tutorial_lib.interop.names import Rule
 from tutorial_lib.kinds import KINDS
+from tutorial_lib.moe.model import MoEConfig
 
 __all__ = ["LIMITS", "WeightsError", "check_config", "fill", "outline", "put", "room", "weights_of"]
 
@@ -31,16 +33,23 @@ LIMITS = {
     "n_layers": 1 << 12,
     "d_head": 1 << 14,
     "d_mlp": 1 << 20,
+    "n_experts": 1 << 14,
+    "experts_per_token": 1 << 14,
+    "d_expert": 1 << 20,
+    "moe_every": 1 << 12,
 }
 """No model is larger. Whoever says so in a file wants our memory, not to be loaded."""
-MAY_BE_LEFT_OUT = ("n_kv_heads", "d_head", "d_mlp")
+MAY_BE_LEFT_OUT = ("n_kv_heads", "d_head", "d_mlp", "d_expert")
 
 
-def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> ModelConfig:
+def check_config(
+    where: object, called: Mapping[str, str], make: type[ModelConfig] = ModelConfig, **sizes: Any
+) -> ModelConfig:
     """A `ModelConfig` from what a file says.
 
     Args:
         called: What the file calls our settings.
+        make: The configuration's class: `MoEConfig` for a model with experts.
 
     Raises:
         WeightsError: if a size is no whole number, or absurd, or they do not fit together.
@@ -63,7 +72,7 @@ def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> Mode
                 f"{where} says {called.get(name, name)} is {value!r:.60}, but it must be above 0"
             )
     try:
-        return ModelConfig(**sizes)
+        return make(**sizes)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{where} describes no model of ours: {error}") from None
 
@@ -75,7 +84,7 @@ def outline(config: ModelConfig, where: object = "the file") -> Transformer:
         WeightsError: if the configuration makes no model.
     """
     try:
-        return KINDS["Transformer"].outline(config)
+        return KINDS["MoETransformer" if isinstance(config, MoEConfig) else "Transformer"].outline(config)
     except (ValueError, RuntimeError) as error:  # heads that cannot be shared; sizes that overflow
         raise WeightsError(f"{where} describes no model of ours: {str(error).splitlines()[0]}") from None
 
@@ -164,6 +173,13 @@ def fill(
                     f"{where} is damaged: the tensor {rule.theirs!r} has numbers that are not finite"
                 )
             for name, weight in zip(rule.ours, rule.split(tensor), strict=True):
+                if isinstance(rule, ExpertRule):  # its stack is put when the last expert is in it
+                    if rule.expert == 0:
+                        stack = room(ours[name], dtype)
+                    stack[rule.expert] = weight
+                    if rule.expert + 1 < len(stack):
+                        continue
+                    weight, stack = stack, None
                 put(model, name, _own(weight.to(device, dtype)))
         if model.config.tie_embeddings and isinstance(model.tokens, nn.Embedding):
             model.head.weight = model.tokens.weight
