@@ -146,6 +146,8 @@ def _architecture(config: ModelConfig) -> str:
     if config.window is not None:
         raise WeightsError("llama.cpp computes Llama and Qwen3 without a window: this model has one")
     kind = family(config)
+    if kind.startswith("qwen3") and config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        raise WeightsError("llama.cpp scales no Qwen3 by llama3 (rope_scaling): use linear, or none")
     if kind == "qwen3_moe":
         for name, value in (("renormalize", True), ("moe_every", 1), ("dense_first", 0)):
             if (found := getattr(config, name)) != value:
