@@ -35,7 +35,7 @@ CONFIGS = {
         **SHAPE, n_kv_heads=2, tie_embeddings=False, n_experts=4, rope_base=1e6, aux_loss_coef=0.02
     ),
     "mixtral-window": MoEConfig(
-        **SHAPE, n_kv_heads=1, d_head=16, window=7, n_experts=5, experts_per_token=3, rope_scaling=LLAMA3
+        **SHAPE, n_kv_heads=1, d_head=16, window=7, n_experts=5, experts_per_token=3, rope_base=1e6, rope_scaling=LLAMA3
     ),
     "qwen3_moe": MoEConfig(
         **SHAPE, n_kv_heads=2, d_head=24, qk_norm=True, norm_eps=1e-6, n_experts=6, experts_per_token=3, d_expert=20

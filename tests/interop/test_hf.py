@@ -98,7 +98,7 @@ def their_configs():
             num_local_experts=5,
             num_experts_per_tok=3,
             router_aux_loss_coef=0.01,
-            rope_parameters={**LLAMA3_THEIRS, "rope_theta": 1e4},
+            rope_parameters={**LLAMA3_THEIRS, "rope_theta": 1e6},
         ),
         "qwen3_moe": transformers.Qwen3MoeConfig(
             **THEIRS,
