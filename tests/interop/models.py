@@ -10,6 +10,7 @@ from torch import nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.rope import RopeScaling
+from tutorial_lib.moe.model import MoEConfig, MoETransformer
 
 LLAMA3 = RopeScaling("llama3", 8.0, original_max_seq_len=32)
 SHAPE: dict[str, Any] = {
@@ -30,7 +31,20 @@ CONFIGS = {
     "qwen3": ModelConfig(**SHAPE, n_kv_heads=2, d_head=24, qk_norm=True, norm_eps=1e-6),
     "qwen3-windows": ModelConfig(**SHAPE, n_kv_heads=2, d_head=24, qk_norm=True, window=(None, 5, 5)),
     "gpt2": ModelConfig(**SHAPE, **GPT2),
-}
+    "mixtral": MoEConfig(
+        **SHAPE, n_kv_heads=2, tie_embeddings=False, n_experts=4, rope_base=1e6, aux_loss_coef=0.02
+    ),
+    "mixtral-window": MoEConfig(
+        **SHAPE, n_kv_heads=1, d_head=16, window=7, n_experts=5, experts_per_token=3, rope_base=1e6, rope_scaling=LLAMA3
+    ),
+    "qwen3_moe": MoEConfig(
+        **SHAPE, n_kv_heads=2, d_head=24, qk_norm=True, norm_eps=1e-6, n_experts=6, experts_per_token=3, d_expert=20
+    ),
+    "qwen3_moe-hybrid": MoEConfig(
+        **{**SHAPE, "n_layers": 6}, qk_norm=True, tie_embeddings=False, n_experts=3, experts_per_token=1, d_expert=88,
+        renormalize=False, moe_every=2, dense_first=2, window=9, aux_loss_coef=0.0,
+    ),
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -46,7 +60,7 @@ def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def ours(config: ModelConfig, seed: int = 0) -> Transformer:
     """Our model, all of it random."""
-    return shaken(Transformer(config), seed)
+    return shaken(MoETransformer(config) if isinstance(config, MoEConfig) else Transformer(config), seed)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -43,6 +43,7 @@ from tutorial_lib.quant.int8 import to_int8
 TYPES = gguf.GGMLQuantizationType
 IDS = torch.randint(96, (2, 40), generator=torch.Generator().manual_seed(1))
 WRITABLE = {name: config for name, config in CONFIGS.items() if config.window is None}
+WRITABLE["mixtral-scaled"] = replace(CONFIGS["mixtral-window"], window=None)
 
 
 # --- reading, against the package's own reader --------------------------------------------------------------
@@ -171,8 +172,8 @@ def test_in_32_bits_nothing_is_lost(name, tmp_path):
 def test_in_16_bits_each_number_is_rounded_once(name, tmp_path):
     model = ours(WRITABLE[name])
     back = weights(load_gguf(save_gguf(model, tmp_path / "m.gguf")))
-    for weight, read in zip(weights(model).values(), back.values(), strict=True):
-        assert torch.equal(read, weight.half().float() if weight.ndim == 2 else weight)
+    for (key, weight), read in zip(weights(model).items(), back.values(), strict=True):
+        assert torch.equal(read, weight if weight.ndim == 1 or "router" in key else weight.half().float())
 
 
 def q8_bound(weight: torch.Tensor) -> torch.Tensor:
@@ -181,15 +182,16 @@ def q8_bound(weight: torch.Tensor) -> torch.Tensor:
     return scale / 2 + 127 * torch.maximum(scale * 2**-11, torch.tensor(2.0**-25)) + 1e-9
 
 
-@pytest.mark.parametrize("name", ["llama", "llama3", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen3", "gpt2", "mixtral", "qwen3_moe"])
 def test_in_8_bits_no_number_is_off_by_more_than_the_step(name, tmp_path):
     config = replace(WRITABLE[name], d_model=64, d_mlp=96, d_head=WRITABLE[name].d_head and 32)
+    config = replace(config, d_expert=32) if name == "qwen3_moe" else config
     model = ours(config)
     back = weights(load_gguf(save_gguf(model, tmp_path / "m.gguf", kind="Q8_0")))
     interleaved = name.startswith("llama")
     coarse = 0
     for (key, weight), read in zip(weights(model).items(), back.values(), strict=True):
-        if weight.ndim == 1:
+        if weight.ndim == 1 or "router" in key:
             assert torch.equal(read, weight)
             continue
         error = (weight - read).reshape(-1, 32).abs().amax(dim=1)
@@ -405,6 +407,7 @@ THEY_READ = {  # their reader takes the rest of a shape from the defaults of its
     "qwen3": ModelConfig(
         **{**SHAPE, "d_model": 256, "n_layers": 2}, n_kv_heads=2, d_head=128, qk_norm=True, norm_eps=1e-6
     ),
+    "qwen3_moe": replace(CONFIGS["qwen3_moe"], d_expert=768),  # of Mixtral, they read no GGUF
     "gpt2": ModelConfig(50257, 1024, 48, 4, n_layers=2, **GPT2),
 }
 

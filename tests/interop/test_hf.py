@@ -32,6 +32,7 @@ from tutorial_lib.interop.hf import hf_config, load_hf, save_hf
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
 from tutorial_lib.interop.tokenizers import load_tokenizer, same_tokenizer
 from tutorial_lib.interop.weights import WeightsError
+from tutorial_lib.moe.model import MOE_PRESETS, MoEConfig
 from tutorial_lib.quant.int8 import to_int8
 
 transformers.utils.logging.disable_progress_bar()
@@ -88,6 +89,39 @@ def their_configs():
         "gpt2": transformers.GPT2Config(
             vocab_size=96, n_positions=64, n_embd=48, n_head=4, n_layer=3, n_inner=80, **ends
         ),
+        "mixtral": transformers.MixtralConfig(**THEIRS, num_local_experts=4, router_aux_loss_coef=0.02),
+        "mixtral-window": transformers.MixtralConfig(
+            **{**THEIRS, "num_key_value_heads": 1},
+            **tied,
+            head_dim=16,
+            sliding_window=7,
+            num_local_experts=5,
+            num_experts_per_tok=3,
+            router_aux_loss_coef=0.01,
+            rope_parameters={**LLAMA3_THEIRS, "rope_theta": 1e6},
+        ),
+        "qwen3_moe": transformers.Qwen3MoeConfig(
+            **THEIRS,
+            **tied,
+            head_dim=24,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            norm_topk_prob=True,
+            router_aux_loss_coef=0.01,
+        ),
+        "qwen3_moe-hybrid": transformers.Qwen3MoeConfig(
+            **{**THEIRS, "num_hidden_layers": 6, "num_key_value_heads": 4},
+            num_experts=3,
+            num_experts_per_tok=1,
+            moe_intermediate_size=88,
+            decoder_sparse_step=2,
+            mlp_only_layers=[0, 1],
+            use_sliding_window=True,
+            sliding_window=9,
+            rms_norm_eps=1e-5,
+            router_aux_loss_coef=0.0,
+        ),
     }
 
 
@@ -109,6 +143,8 @@ def their_loader(folder: Path):
 
 def plain(config: ModelConfig) -> ModelConfig:
     """The same shape, with all that is None by default written out."""
+    if isinstance(config, MoEConfig):
+        config = plain_experts(config)
     gated = config.mlp == "swiglu"
     windows = tuple(config.window_of(layer) for layer in range(config.n_layers))
     return replace(
@@ -120,6 +156,21 @@ def plain(config: ModelConfig) -> ModelConfig:
         window=windows,
         dropout=0.0,
         **({} if config.rope else {"rope_base": 0.0, "rope_scaling": None}),
+    )
+
+
+def plain_experts(config: MoEConfig) -> MoEConfig:
+    """Which layers have experts can be said in several ways; where all have, nobody asks how wide an MLP is."""
+    has = [config.has_experts(layer) for layer in range(config.n_layers)]
+    width = config.expert_width if all(has) else config.mlp_width
+    first = has.index(True)
+    return replace(
+        config,
+        d_mlp=width,
+        d_expert=config.expert_width,
+        dense_first=first,
+        capacity_factor=None,
+        z_loss_coef=0.0,
     )
 
 
@@ -162,8 +213,9 @@ def test_transformers_computes_what_we_compute(name, shard_bytes, tmp_path):
     assert (back.head.weight is back.tokens.weight) == model.config.tie_embeddings
 
 
-def test_a_shard_is_not_larger_than_asked(tmp_path):
-    folder = save_hf(ours(CONFIGS["llama"]), tmp_path / "m", shard_bytes=30_000)
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_shard_is_not_larger_than_asked(name, tmp_path):
+    folder = save_hf(ours(CONFIGS[name]), tmp_path / "m", shard_bytes=30_000)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     assert (
         sum(w.numel() * 4 for f in folder.glob("*.safetensors") for w in load_file(f).values())
@@ -174,7 +226,7 @@ def test_a_shard_is_not_larger_than_asked(tmp_path):
         assert len(tensors) == 1 or sum(w.nbytes for w in tensors.values()) <= 30_000
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "mixtral", "qwen3_moe-hybrid"])
 def test_half_precision_stays_as_it_is(name, tmp_path):
     model = ours(CONFIGS[name]).bfloat16()
     folder = save_hf(model, tmp_path / "m")
@@ -286,6 +338,54 @@ PUBLISHED = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "mixtral-8x7b": {
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "qwen3-30b-a3b": {
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
     "gpt2": {
         "activation_function": "gelu_new",
         "attn_pdrop": 0.1,
@@ -304,7 +404,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_our_presets(name):
-    assert plain(from_hf_config(PUBLISHED[name])) == plain(PRESETS[name])
+    assert plain(from_hf_config(PUBLISHED[name])) == plain({**PRESETS, **MOE_PRESETS}[name])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -356,7 +456,7 @@ def expressible(draw) -> ModelConfig:
         "tie_embeddings": draw(st.booleans()),
         "dropout": draw(st.sampled_from([0.0, 0.1])),
     }
-    kind = draw(st.sampled_from(["gpt2", "llama", "mistral", "qwen3"]))
+    kind = draw(st.sampled_from(["gpt2", "llama", "mistral", "qwen3", "mixtral", "qwen3_moe"]))
     if kind == "gpt2":
         return ModelConfig(**common, **GPT2)
     window = st.integers(1, 5000)
@@ -364,13 +464,28 @@ def expressible(draw) -> ModelConfig:
         size = draw(window)
         some = st.lists(st.sampled_from([None, size]), min_size=1, max_size=layers).map(tuple)
         window = st.none() | st.just(size) | some
-    return ModelConfig(
+    experts = {}
+    if kind in ("mixtral", "qwen3_moe"):
+        n_experts = draw(st.integers(1, 300))
+        experts = {
+            "n_experts": n_experts,
+            "experts_per_token": draw(st.integers(min(n_experts, 2), n_experts)),
+        }
+        experts |= {"d_expert": draw(st.none() | st.integers(1, 999)), "aux_loss_coef": draw(st.floats(0, 1))}
+        window = st.none() | st.integers(1, 5000)
+    if kind == "qwen3_moe":
+        every = draw(st.integers(1, layers))
+        experts |= {"moe_every": every, "dense_first": draw(st.integers(0, layers // every * every - 1))}
+        if draw(st.booleans()):
+            experts |= {"renormalize": False, "experts_per_token": draw(st.integers(1, n_experts))}
+    return (MoEConfig if experts else ModelConfig)(
         **common,
+        **experts,
         n_kv_heads=draw(st.none() | st.sampled_from([n for n in range(1, heads + 1) if heads % n == 0])),
         d_head=draw(st.none() | even),
         rope_base=draw(st.floats(1.5, 1e7)),
         rope_scaling=draw(scalings),
-        qk_norm=kind == "qwen3",
+        qk_norm=kind.startswith("qwen3"),
         window=None if kind == "llama" else draw(window),
         bias=kind == "llama" and draw(st.booleans()),
     )
@@ -401,7 +516,20 @@ def test_transformers_reads_the_same_out_of_it(config):
     assert rope["rope_theta"] == wanted.rope_base
     assert rope["rope_type"] == (config.rope_scaling.kind if config.rope_scaling else "default")
     assert rope.get("factor", 1.0) == (config.rope_scaling.factor if config.rope_scaling else 1.0)
-    if config.qk_norm:
+    if isinstance(config, MoEConfig):
+        assert (found.num_local_experts, found.num_experts_per_tok) == (
+            config.n_experts,
+            config.experts_per_token,
+        )
+        assert (found.router_aux_loss_coef, found.sliding_window) == (config.aux_loss_coef, config.window)
+        if config.qk_norm:
+            assert (found.moe_intermediate_size, found.norm_topk_prob) == (
+                wanted.d_expert,
+                config.renormalize,
+            )
+            assert found.decoder_sparse_step == config.moe_every
+            assert found.mlp_only_layers == list(range(config.dense_first))
+    elif config.qk_norm:
         layers = [found.sliding_window if kind == "sliding_attention" else None for kind in found.layer_types]
         assert tuple(layers) == wanted.window
     elif config.window:

@@ -380,7 +380,7 @@ WEIRD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gpt2", "mixtral", "qwen3_moe"])
 def test_weird_values_in_the_configuration(kind, folder):
     path = folder / "config.json"
     about = {
@@ -390,6 +390,15 @@ def test_weird_values_in_the_configuration(kind, folder):
         "gpt2": {
             "model_type": "gpt2", "n_positions": 32, "n_embd": 16, "n_head": 2, "n_layer": 1, "n_inner": 24,
             "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+        },
+        "mixtral": {
+            "model_type": "mixtral", "sliding_window": 4, "num_local_experts": 2, "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.1, "router_jitter_noise": 0.0,
+        },
+        "qwen3_moe": {
+            "model_type": "qwen3_moe", "use_sliding_window": True, "sliding_window": 4, "num_experts": 2, "num_local_experts": 2,
+            "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "router_aux_loss_coef": 0.1,
         },
     }[kind]  # fmt: skip
     about = {**json.loads(path.read_text()), "partial_rotary_factor": 1.0, **about}

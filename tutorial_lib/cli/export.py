@@ -13,6 +13,7 @@ from tutorial_lib.core.model import Transformer
 from tutorial_lib.interop.gguf import FORMATS, save_gguf
 from tutorial_lib.interop.hf import save_hf
 from tutorial_lib.interop.pretrained import DTYPES
+from tutorial_lib.moe.model import MoETransformer
 from tutorial_lib.serve.template import PLAIN
 
 __all__ = ["export"]
@@ -42,9 +43,11 @@ def export(
         if out.exists() and (to_gguf or not out.is_dir() or any(out.iterdir())):  # said before all is loaded
             raise ValueError(f"{out} is there already: choose another name, or remove it")
         found = open_model(model, "fp32", "cpu", write=False)
-        if type(found.model) is not Transformer:
+        if type(found.model) not in (Transformer, MoETransformer):
             name = type(found.model).__name__
-            raise ValueError(f"a {name} has no public format: only the Transformer of lesson 3.6 has")
+            raise ValueError(
+                f"a {name} has no public format: only the Transformers of lessons 3.6 and 5.3 have"
+            )
         template = None if found.template.source == PLAIN else found.template.source
         if to_gguf:
             save_gguf(found.model, out, found.tokenizer, kind, out.stem, template)

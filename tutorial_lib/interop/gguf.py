@@ -3,7 +3,7 @@
     model = load_gguf(fetch("smollm2"))
     save_gguf(model, "mine.gguf", tokenizer, kind="Q8_0")
 
-Llama (SmolLM2 and Mistral call themselves so, too), Qwen3 and GPT-2. Needs the extra `interop`.
+Llama (SmolLM2, Mistral and Mixtral call themselves so, too), Qwen3, Qwen3-MoE and GPT-2. Needs the extra `interop`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.adapters import HuggingFaceTokenizer
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.files import beside
+from tutorial_lib.interop.expert_names import GGUF_EXPERTS, expert_rules
 from tutorial_lib.interop.families import family
 from tutorial_lib.interop.gguf_config import FACTORS, from_gguf_fields, rope_factors, to_gguf_fields
 from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile, need_gguf
 from tutorial_lib.interop.gguf_vocabulary import read_vocabulary, vocabulary_fields
 from tutorial_lib.interop.names import GGUF, GGUF_GPT2, Rule, rules
 from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, weights_of
+from tutorial_lib.moe.model import MoEConfig
 
 __all__ = ["GGUFError", "gguf_config", "gguf_tokenizer", "load_gguf", "save_gguf"]
 
@@ -67,7 +69,9 @@ def _rules(model: Transformer) -> Iterator[Rule]:
     names = [name for name, _ in model.named_parameters()]
     kind = family(model.config)
     # Only of Llama (and Mistral) are the pairs neighbors in llama.cpp. Its Qwen3 pairs i with i + C/2, as we do.
-    llama = kind in ("llama", "mistral")
+    llama = kind in ("llama", "mistral", "mixtral")
+    if isinstance(model.config, MoEConfig):
+        return expert_rules(GGUF_EXPERTS, names, model.config, interleaved=llama)
     return rules(GGUF_GPT2 if kind == "gpt2" else GGUF, names, model.config, interleaved=llama)
 
 
@@ -93,7 +97,8 @@ def save_gguf(
     Args:
         tokenizer: Goes into the file; without it llama.cpp cannot read a text.
         kind: How matrices are stored, `F32`, `F16` or `Q8_0` (blocks of 32 numbers share a scale: the error is
-            at most 1/225 of the largest among them, if that is above 0.008). Vectors stay in 32 bits, as llama.cpp wants them.
+            at most 1/225 of the largest among them, if that is above 0.008). Vectors and routers stay in 32 bits, as
+            llama.cpp wants them.
 
     Raises:
         WeightsError: if no architecture of llama.cpp computes this model, or a number does not fit into F16.
@@ -101,9 +106,7 @@ def save_gguf(
     gguf, path, config = need_gguf(), Path(path), model.config
     if kind not in FORMATS:
         raise WeightsError(f"unknown kind {kind!r}: choose one of {', '.join(FORMATS)}")
-    if config.window is not None:
-        raise WeightsError("llama.cpp computes Llama and Qwen3 without a window: this model has one")
-    arch = family(config)
+    arch = _architecture(config)
     weights = weights_of(model)
     with (
         beside(path) as place,
@@ -123,7 +126,7 @@ def save_gguf(
             weights[FACTORS] = nn.Parameter(factors)
         for rule in found:  # first what there is, and how large; then the bytes
             shape = rule.shape([weights[own].shape for own in rule.ours])
-            type_ = _type(gguf, shape, kind)
+            type_ = _type(gguf, rule.theirs, shape, kind)
             block, size = gguf.GGML_QUANT_SIZES[type_]
             nbytes = math.prod(shape) // block * size
             writer.add_tensor_info(rule.theirs, shape, np.dtype(np.float32), nbytes, type_)
@@ -132,12 +135,30 @@ def save_gguf(
         writer.write_ti_data_to_file()
         for rule in found:
             tensor = rule.join([weights[own].detach().float().cpu() for own in rule.ours])
-            writer.write_tensor_data(_encode(gguf, rule.theirs, tensor, _type(gguf, tensor.shape, kind)))
+            writer.write_tensor_data(
+                _encode(gguf, rule.theirs, tensor, _type(gguf, rule.theirs, tensor.shape, kind))
+            )
     return path
 
 
-def _type(gguf: Any, shape: Sequence[int], kind: str) -> Any:
-    if len(shape) == 1:
+def _architecture(config: ModelConfig) -> str:
+    """What llama.cpp calls a model of this shape, if it computes the same."""
+    if config.window is not None:
+        raise WeightsError("llama.cpp computes Llama and Qwen3 without a window: this model has one")
+    kind = family(config)
+    if kind.startswith("qwen3") and config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        raise WeightsError("llama.cpp scales no Qwen3 by llama3 (rope_scaling): use linear, or none")
+    if kind == "qwen3_moe":
+        for name, value in (("renormalize", True), ("moe_every", 1), ("dense_first", 0)):
+            if (found := getattr(config, name)) != value:
+                raise WeightsError(
+                    f"llama.cpp has no Qwen3-MoE with {name}={found!r}: it would have to be {value!r}"
+                )
+    return {"mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(kind, kind)
+
+
+def _type(gguf: Any, name: str, shape: Sequence[int], kind: str) -> Any:
+    if len(shape) == 1 or name.endswith(".ffn_gate_inp.weight"):  # rounded, a router sends tokens to others
         kind = "F32"
     elif kind == "Q8_0" and shape[-1] % 32:
         kind = "F16"  # no whole blocks

@@ -13,6 +13,7 @@ from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.core.rope import RopeScaling, rope_frequencies
 from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile
 from tutorial_lib.interop.weights import LIMITS, check_config
+from tutorial_lib.moe.model import MoEConfig
 
 __all__ = ["FACTORS", "from_gguf_fields", "rope_factors", "to_gguf_fields"]
 
@@ -33,9 +34,12 @@ LLAMAS = {
 CALLED = {
     "llama": LLAMAS,
     "qwen3": LLAMAS,
+    "qwen3moe": {**LLAMAS, "d_expert": "expert_feed_forward_length"},
     "gpt2": {**SIZES, "norm_eps": "attention.layer_norm_epsilon"},
 }
 """What each architecture calls our settings; in the file, its name and a dot stand before them."""
+EXPERTS = {"n_experts": "expert_count", "experts_per_token": "expert_used_count"}
+"""And what any of them calls these. Mixtral is a llama with experts."""
 USUAL: dict[str, Any] = {"n_kv_heads": None, "d_head": None, "rope_base": 10_000.0}
 """What is meant where nothing is said; all else must be said."""
 FACTORS = "rope_freqs.weight"
@@ -58,7 +62,9 @@ def from_gguf_fields(file: GGUFFile) -> ModelConfig:
     table = file.tensors.get("token_embd.weight")
     if table is None or file.tensors.get("blk.0.attn_norm.weight") is None:
         raise GGUFError(f"{file.path} has no token_embd.weight, or no layer: it holds no language model")
-    called = {ours: f"{kind}.{theirs}" for ours, theirs in CALLED[kind].items()}
+    experts = kind == "qwen3moe" or (kind == "llama" and file.metadata.get("llama.expert_count", 0) != 0)
+    called = {**CALLED[kind], **(EXPERTS if experts else {})}
+    called = {ours: f"{kind}.{theirs}" for ours, theirs in called.items()}
     said = {
         ours: file.metadata.get(theirs, USUAL[ours]) if ours in USUAL else file.get(theirs)
         for ours, theirs in called.items()
@@ -72,8 +78,9 @@ def from_gguf_fields(file: GGUFFile) -> ModelConfig:
     config = check_config(
         file.path,
         called,
+        MoEConfig if experts else ModelConfig,
         **said,
-        qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        qk_norm=kind in ("qwen3", "qwen3moe"),
         bias="blk.0.attn_q.bias" in file.tensors,
         window=_window(file, kind),
     )
@@ -140,10 +147,11 @@ def to_gguf_fields(model: Transformer, kind: str) -> dict[str, Any]:
         config,
         n_kv_heads=attn.n_kv_heads,
         d_head=attn.d_head,
-        d_mlp=model.blocks[0].mlp.up.out_features,
+        **_widths(model, kind),
         rope_base=float(config.rope_base),  # in the file, 10000 would be of another type
     )
-    fields = {f"{kind}.{theirs}": getattr(said, ours) for ours, theirs in CALLED[kind].items()}
+    called = {**CALLED[kind], **(EXPERTS if isinstance(config, MoEConfig) else {})}
+    fields = {f"{kind}.{theirs}": getattr(said, ours) for ours, theirs in called.items()}
     fields |= {f"{kind}.vocab_size": config.vocab_size, f"{kind}.attention.head_count_kv": attn.n_kv_heads}
     if kind == "gpt2":
         return fields
@@ -158,3 +166,14 @@ def to_gguf_fields(model: Transformer, kind: str) -> dict[str, Any]:
             f"{kind}.rope.scaling.factor": float(scaling.factor),
         }
     return fields
+
+
+def _widths(model: Transformer, kind: str) -> dict[str, int]:
+    config = model.config
+    if not isinstance(config, MoEConfig):
+        return {"d_mlp": model.blocks[0].mlp.up.out_features}
+    # Mixtral has one width, and it is that of an expert.
+    return {
+        "d_mlp": config.expert_width if kind == "llama" else config.mlp_width,
+        "d_expert": config.expert_width,
+    }

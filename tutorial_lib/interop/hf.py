@@ -7,6 +7,7 @@ save_hf(model, "another", tokenizer)     # transformers.AutoModelForCausalLM.fro
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,16 +22,20 @@ from torch import Tensor
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.data.adapters import as_huggingface
 from tutorial_lib.files import read_json
+from tutorial_lib.interop.expert_names import HF_MIXTRAL, HF_QWEN3_MOE, expert_rules
 from tutorial_lib.interop.families import family
 from tutorial_lib.interop.hf_config import from_hf_config, to_hf_config
 from tutorial_lib.interop.names import HF_GPT2, HF_LLAMA, Rule, rules
 from tutorial_lib.interop.weights import Put, WeightsError, fill, outline, put, room, weights_of
+from tutorial_lib.moe.model import MoEConfig
 
 __all__ = ["hf_config", "load_hf", "read_config", "save_hf"]
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONV1D = ("c_attn", "c_proj", "c_fc")
 """GPT-2's matrices that are (in, out)."""
+WITH_EXPERTS = {"mixtral": HF_MIXTRAL, "qwen3_moe": HF_QWEN3_MOE}
+"""Their names, of each family with experts."""
 LARGEST_JSON = 1 << 22
 """Bytes. The index of 40,000 tensors has not more."""
 
@@ -75,6 +80,14 @@ def load_hf(
     model = outline(config, folder / "config.json", len(shapes))
     shapes = {_name(name, prefix): shape for name, shape in shapes.items()}
     files = {_name(name, prefix): (path, name) for name, (path, _) in files.items()}
+    if isinstance(
+        config, MoEConfig
+    ):  # each has tensors of its own: their names are not made before they can be there
+        layers = sum(map(config.has_experts, range(config.n_layers)))
+        if config.n_experts * layers > len(files):
+            raise WeightsError(
+                f"{folder} speaks of {config.n_experts:,} experts in each of {layers:,} layers, but has {len(files)} tensors"
+            )
 
     def read(name: str) -> Tensor:
         path, theirs = files[name]
@@ -147,9 +160,11 @@ def _files(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def _rules(model: Transformer) -> Iterator[Rule]:
-    names = [name for name, _ in model.named_parameters()]
-    if family(model.config) == "gpt2":
+    names, kind = [name for name, _ in model.named_parameters()], family(model.config)
+    if kind == "gpt2":
         return rules(HF_GPT2, names, model.config, transposed=CONV1D)
+    if kind in WITH_EXPERTS:
+        return expert_rules(WITH_EXPERTS[kind], names, model.config)
     return rules(HF_LLAMA, names, model.config)
 
 
@@ -201,7 +216,7 @@ def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, 
     size = total = 0
     for rule in _rules(model):
         width = (dtype or weights[rule.ours[0]].dtype).itemsize
-        nbytes = width * sum(weights[own].numel() for own in rule.ours)
+        nbytes = width * math.prod(rule.shape([weights[own].shape for own in rule.ours]))
         if shards[-1] and size + nbytes > shard_bytes:
             shards.append([])
             size = 0
@@ -212,7 +227,7 @@ def _write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, 
         name = ONE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for rule in shard:
-            tensor = rule.join([weights[own].detach().cpu() for own in rule.ours])
+            tensor = rule.join([weights[own].detach() for own in rule.ours]).cpu()
             tensors[rule.theirs] = tensor.to(dtype or tensor.dtype).contiguous()
             index[rule.theirs] = name
         save_file(tensors, folder / name, metadata={"format": "pt"})

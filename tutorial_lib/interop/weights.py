@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tutorial_lib.core.model import ModelConfig, Transformer
+from tutorial_lib.interop.expert_names import ExpertRule
 from tutorial_lib.interop.names import Rule
 from tutorial_lib.kinds import KINDS, Kind
 
@@ -33,9 +34,13 @@ LIMITS = {
     "n_layers": 1 << 12,
     "d_head": 1 << 14,
     "d_mlp": 1 << 20,
+    "n_experts": 1 << 14,
+    "experts_per_token": 1 << 14,
+    "d_expert": 1 << 20,
+    "moe_every": 1 << 12,
 }
 """No model is larger. Whoever says so in a file wants our memory, not to be loaded."""
-MAY_BE_LEFT_OUT = ("n_kv_heads", "d_head", "d_mlp")
+MAY_BE_LEFT_OUT = ("n_kv_heads", "d_head", "d_mlp", "d_expert")
 LARGEST_TABLE = 1 << 28
 """Numbers in a table of sines, which no file holds: it is computed."""
 
@@ -53,11 +58,14 @@ def absurd(sizes: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> ModelConfig:
+def check_config(
+    where: object, called: Mapping[str, str], make: type[ModelConfig] = ModelConfig, **sizes: Any
+) -> ModelConfig:
     """A `ModelConfig` from what a file says.
 
     Args:
         called: What the file calls our settings.
+        make: The configuration's class: `MoEConfig` for a model with experts.
 
     Raises:
         WeightsError: if a size is no whole number, or absurd, or they do not fit together.
@@ -76,7 +84,7 @@ def check_config(where: object, called: Mapping[str, str], **sizes: Any) -> Mode
                 f"{where} says {called.get(name, name)} is {value!r:.60}, but it must be above 0"
             )
     try:
-        return ModelConfig(**sizes)
+        return make(**sizes)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{where} describes no model of ours: {error}") from None
 
@@ -88,12 +96,12 @@ def outline(
 
     Args:
         tensors: How many the file has. One of them may hold several of ours, but not more than three.
-        kind: A Transformer when None.
+        kind: The first that is made from such a configuration when None.
 
     Raises:
         WeightsError: if the configuration makes no model, or one that is far larger than the file.
     """
-    kind = kind or KINDS["Transformer"]
+    kind = kind or next(kind for kind in KINDS.values() if kind.config is type(config))
     try:
         return kind.outline(config, None if tensors is None else 3 * tensors)
     except (
@@ -205,6 +213,13 @@ def fill(
                     f"{where} is damaged: the tensor {rule.theirs!r} has numbers that are not finite"
                 )
             for name, weight in zip(rule.ours, rule.split(tensor), strict=True):
+                if isinstance(rule, ExpertRule):  # its stack is put when the last expert is in it
+                    if rule.expert == 0:
+                        stack = room(ours[name], dtype)
+                    stack[rule.expert] = weight
+                    if rule.expert + 1 < len(stack):
+                        continue
+                    weight, stack = stack, None
                 put(model, name, _own(weight.to(device, dtype)))
         if model.config.tie_embeddings and isinstance(model.tokens, nn.Embedding):
             model.head.weight = model.tokens.weight
