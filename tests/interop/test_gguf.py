@@ -38,6 +38,7 @@ from tutorial_lib.interop.gguf_file import GGUFError, GGUFFile
 from tutorial_lib.interop.gguf_vocabulary import vocabulary_fields
 from tutorial_lib.interop.names import GGUF
 from tutorial_lib.interop.weights import WeightsError
+from tutorial_lib.moe.model import MoEConfig, MoETransformer
 from tutorial_lib.quant.int8 import to_int8
 
 TYPES = gguf.GGMLQuantizationType
@@ -613,6 +614,13 @@ def test_loading_takes_hardly_more_memory_than_the_model(tmp_path, path):
     file = save_gguf(model, tmp_path / "m.gguf", kind="F32")
     jobs = [f"{place}|float32|" for place in (one, many, file, path)]  # path: SmolLM2
     jobs += [f"{one}|bfloat16|", f"{file}|float32|int8"]
+    shape = MoEConfig(
+        4000, 512, 256, 4, n_layers=3, d_mlp=512, tie_embeddings=False, n_experts=8, qk_norm=True
+    )
+    experts = save_hf(
+        MoETransformer(shape), tmp_path / "experts"
+    )  # 46 MB, 8 · 9 of its 105 tensors are experts
+    jobs += [f"{experts}|float32|", f"{experts}|bfloat16|", f"{experts}|float32|int8"]
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, *map(str, tiny), *jobs], capture_output=True, text=True
     )

@@ -80,9 +80,8 @@ def load_hf(
     model = outline(config, folder / "config.json", len(shapes))
     shapes = {_name(name, prefix): shape for name, shape in shapes.items()}
     files = {_name(name, prefix): (path, name) for name, (path, _) in files.items()}
-    if isinstance(
-        config, MoEConfig
-    ):  # each has tensors of its own: their names are not made before they can be there
+    if isinstance(config, MoEConfig):
+        # Each expert has tensors of its own: their names are not made before they can be there.
         layers = sum(map(config.has_experts, range(config.n_layers)))
         if config.n_experts * layers > len(files):
             raise WeightsError(

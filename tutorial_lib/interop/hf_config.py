@@ -40,7 +40,7 @@ MIXTRALS = {
     **LLAMAS,
     "n_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
-    "aux_loss_coef": "router_aux_loss_coef",
+    "aux_loss_coef": "router_aux_loss_coef",  # the same number, of a loss that is pooled over layers and k times as large
 }
 QWEN3_MOES = {
     **MIXTRALS,
