@@ -159,7 +159,9 @@ def test_a_model_computes_what_its_rounded_matrices_say(name):
     wanted, exact = dequantized(model)(IDS), model(IDS)
     small = to_int8(copy.deepcopy(model))
     torch.testing.assert_close(small(IDS), wanted, atol=1e-4, rtol=0)
-    assert 1e-3 < (wanted - exact).abs().max() < 0.5 * exact.std()  # something was rounded, and not much
+    off = (wanted - exact).abs()
+    # Something was rounded, and not much: a token that is sent to another expert may be far off, and few are.
+    assert 1e-3 < off.max() and off.mean() < 0.1 * exact.std()
 
 
 @torch.no_grad()
