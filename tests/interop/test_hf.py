@@ -160,10 +160,9 @@ def plain(config: ModelConfig) -> ModelConfig:
 
 
 def plain_experts(config: MoEConfig) -> MoEConfig:
-    """Which layers have experts can be said in several ways; where all have, nobody asks how wide an MLP is."""
-    has = [config.has_experts(layer) for layer in range(config.n_layers)]
-    width = config.expert_width if all(has) else config.mlp_width
-    first = has.index(True)
+    """Which layers have experts can be said in several ways; Mixtral has no other width than that of an expert."""
+    width = config.mlp_width if config.qk_norm else config.expert_width
+    first = next(layer for layer in range(config.n_layers) if config.has_experts(layer))
     return replace(
         config,
         d_mlp=width,
