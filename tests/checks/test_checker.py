@@ -19,7 +19,7 @@ from tutorial_lib.checks.__main__ import main
 from tutorial_lib.checks.grade import grade
 from tutorial_lib.checks.gradings import all_exercises, find_exercise
 from tutorial_lib.checks.mutate import mutants
-from tutorial_lib.checks.notebook import Cell, definitions, notebook_of
+from tutorial_lib.checks.notebook import Cell, code_cells, definitions, notebook_of
 from tutorial_lib.checks.probes import equals, fill_by_name, holds, leaks, same_shape
 from tutorial_lib.checks.report import as_html, as_text
 from tutorial_lib.checks.sandbox import grade_notebook
@@ -390,8 +390,9 @@ def test_a_wheel_brings_the_gradings_along(tmp_path):
     empty.mkdir()
     for folder in ("tutorial_lib", "grading"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
+    (source / "exercises").mkdir()
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "exercises/manifest.json"):
+        shutil.copy(ROOT / file, source / file)
     build = "import sys, setuptools.build_meta as backend; backend.build_wheel(sys.argv[1])"
     run = [sys.executable, "-c", build, str(tmp_path)]
     subprocess.run(run, cwd=source, capture_output=True, check=True)
@@ -409,6 +410,15 @@ def test_a_wheel_brings_the_gradings_along(tmp_path):
     sentence = "the course's folder is not here: run this inside a clone of it"
     assert done.stderr.splitlines() == [sentence] * 3
     assert not list(empty.iterdir()), "nothing is left where nothing was asked for"
+    cells = code_cells(notebook_of("3.2", ROOT / "exercises"))
+    wanted = ("import torch", "def rotary_attention", 'check("3.2.b"')  # a debug exercise, as it was given
+    script = "\n".join(cell.source for cell in cells if any(words in cell.source for words in wanted))
+    (tmp_path / "debug.py").write_text(script, encoding="utf-8")
+    run = [sys.executable, str(tmp_path / "debug.py")]
+    done = subprocess.run(run, cwd=empty, env=environment, capture_output=True, text=True)
+    assert "3.2.b  rotary_attention" in done.stdout and "not started" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 # ── the command line ──────────────────────────────────────────────────────────────────────────────────────
@@ -483,6 +493,68 @@ def test_make_takes_the_number_either_way():
         check=True,
     ).stdout
     assert 'tutorial_lib.checks hint "1.4.b"' in out
+
+
+def test_a_notebook_that_was_not_saved_is_said_to_be_one(tmp_path, capsys, monkeypatch):
+    tree = copy_tree("exercises", tmp_path)
+    main(["chapter", "1", "--tree", str(tree)])
+    assert "save the notebook (Ctrl-S)" in capsys.readouterr().out
+    check("1.4.a", find_exercise("1.4.a").reference)
+    main(["chapter", "1", "--tree", str(tree)])
+    assert "1.4.a: solved when check() saw it, and in the file as it came" in capsys.readouterr().out
+    assert progress.recorded("1.4.a") == "passed", "what was solved in the kernel is not forgotten"
+
+
+SCRIPT = """
+from tutorial_lib.checks import check
+
+def split_heads(x, n):
+    B, T, D = x.shape
+    return x.view(B, n, T, D // n)
+
+check("1.4.a", split_heads)
+"""
+
+
+def test_check_prints_itself_in_a_plain_script(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = [sys.executable, str(script)]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.count("reshape without transpose") == 1, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (GOOD + "\n    '\ud800'", "half a character stands in it, at `'"),
+        (GOOD + "\0", "Python cannot read the cell"),
+        ("def split_heads(x, n):\n    return " + "-" * 100_000 + "x", "Python cannot read the cell"),
+        (
+            "def split_heads(x, n):\n    return " + "(" * 5000 + "x" + ")" * 5000,
+            "Python cannot read the cell",
+        ),
+        ("# " + "x" * 500_001, "characters in its cells, and a notebook at most 500,000"),
+    ],
+    ids=["lone surrogate", "null", "minus", "brackets", "long"],
+)
+def test_a_cell_that_python_cannot_take_is_one_sentence(tmp_path, capsys, source, sentence):
+    tree = copy_tree("exercises", tmp_path)
+    path = notebook_of("1.4", tree)
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    [stub] = [cell for cell in notebook["cells"] if "def split_heads" in "".join(cell["source"])]
+    stub["source"] = source
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    assert main(["chapter", "1", "--tree", str(tree)]) == 1
+    out = capsys.readouterr().out
+    assert sentence in out, out
+    out.encode()  # a terminal can show it
+
+
+def test_a_notebook_that_is_no_file_is_one_sentence(tmp_path):
+    [result] = grade_notebook(Path("/dev/zero"), [find_exercise("1.4.a")])
+    assert result.status == "crashed" and result.sentence == "/dev/zero is no file"
 
 
 # ── the pieces ────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tutorial_lib.checks.grade import Result, grade, run_probe
+from tutorial_lib.checks.answers import run_probe
+from tutorial_lib.checks.grade import Result, grade
 from tutorial_lib.checks.gradings import all_exercises, grading_files
 from tutorial_lib.checks.mutate import mutants
 from tutorial_lib.checks.notebook import code_cells, notebook_of, statements

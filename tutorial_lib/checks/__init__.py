@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tutorial_lib.checks.grade import Result, grade
@@ -13,7 +14,7 @@ __all__ = ["check"]
 
 
 def check(exercise_id: str, learner: Any) -> Result:
-    """Check what you built for an exercise; the result displays itself.
+    """Check what you built for an exercise; the result displays itself, or, in a plain script, is printed.
 
     Raises:
         KeyError: if there is no such exercise.
@@ -26,4 +27,12 @@ def check(exercise_id: str, learner: Any) -> Result:
     else:
         result = grade(exercise, learner)
     record([result])
+    if not _shows_values():
+        print(result)
     return result
+
+
+def _shows_values() -> bool:
+    """Whether Python shows what a line gives: in a notebook, in IPython and at the prompt, and in no script."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(sys, "ps1") or bool(ipython and ipython.get_ipython())

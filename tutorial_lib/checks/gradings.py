@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tutorial_lib.checks.spec import Exercise
 
-__all__ = ["all_exercises", "find_exercise", "grading_files"]
+__all__ = ["all_exercises", "find_exercise", "forget", "grading_files"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PLACES = (PACKAGE.parent / "grading", PACKAGE / "grading")
@@ -59,6 +59,12 @@ def _exercises_in(file: Path, lesson: str) -> dict[str, Exercise]:
             raise ValueError(f"exercise {exercise.id} is defined twice in {file.name}")
         found[exercise.id] = exercise
     return dict(sorted(found.items()))
+
+
+def forget(exercise: Exercise) -> str:
+    """Keep no exercise in this process, but for who holds one; the name of the grading's module, which stays."""
+    _exercises_in.cache_clear()
+    return f"grading_{grading_files()[exercise.lesson].stem}"
 
 
 def all_exercises() -> dict[str, Exercise]:

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from tutorial_lib.checks.plain import readable
+
 __all__ = ["OutOfTime", "TooMuchOutput", "explain_crash", "guarded"]
 
 MAX_OUTPUT = 100_000
@@ -77,7 +79,7 @@ def explain_crash(error: BaseException, seconds: float) -> str:
         return "it called sys.exit(), which would end the whole program: use return, or raise an error"
     if isinstance(error, RecursionError):
         return "it calls itself without end (RecursionError): which call should have stopped?"
-    text = (str(error).strip().splitlines() or [""])[0]
+    text = _said(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "not enough memory" in text:
         asked = re.search(r"allocate (\d+) bytes", text)
         size = f" ({int(asked[1]) / 2**30:.0f} GiB at once)" if asked else ""
@@ -94,6 +96,14 @@ def explain_crash(error: BaseException, seconds: float) -> str:
     return f"{type(error).__name__}{where}: {text[:300]}" if text else f"{type(error).__name__}{where}"
 
 
+def _said(error: BaseException) -> str:
+    """The first line of its message, if it has one: an error of the learner's own may fail to say it."""
+    try:
+        return readable((str(error).strip().splitlines() or [""])[0])
+    except BaseException:
+        return ""
+
+
 def _where(error: BaseException) -> str:
     """The deepest line of the learner's own code, if the error came through it."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
@@ -102,6 +112,8 @@ def _where(error: BaseException) -> str:
             or "ipykernel" in frame.filename
             or "<ipython" in frame.filename
         ):
-            line = (linecache.getline(frame.filename, frame.lineno or 0) or frame.line or "").strip()
+            line = readable(
+                (linecache.getline(frame.filename, frame.lineno or 0) or frame.line or "").strip()
+            )
             return f" at `{line}`" if line else f" in line {frame.lineno} of your cell"
     return ""

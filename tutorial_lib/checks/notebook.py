@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-__all__ = ["Cell", "Statement", "code_cells", "definitions", "find_home", "notebook_of", "statements"]
+from tutorial_lib.files import read_json
+
+__all__ = [
+    "Cell",
+    "Statement",
+    "code_cells",
+    "course_imports",
+    "definitions",
+    "find_home",
+    "notebook_of",
+    "statements",
+]
+
+MOST_BYTES = 50 * 2**20
+"""Of a notebook's file, pictures included."""
+MOST_TEXT = 500_000
+"""Characters in all cells of a notebook."""
 
 HEADING = re.compile(r"^## (\d+\.\d+\.[a-z])\s+(.+)$", re.MULTILINE)
 KIND = re.compile(r"\*\*(build|debug|extend)\*\* · (★+)☆* · (\d+) min · (.+)")
@@ -59,11 +74,18 @@ def notebook_of(lesson: str, tree: Path) -> Path | None:
 
 
 def _cells(path: Path) -> list[tuple[int, str, str]]:
+    if path.exists() and not path.is_file():  # a pipe or a device, and what comes out of it may have no end
+        raise ValueError(f"{path} is no file")
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        return [(n, c["cell_type"], "".join(c["source"])) for n, c in enumerate(cells, 1)]
+        cells = read_json(path, MOST_BYTES)["cells"]
+        found = [(n, c["cell_type"], "".join(c["source"])) for n, c in enumerate(cells, 1)]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a notebook that can be read: {error}") from None
+    if (length := sum(len(source) for _, _, source in found)) > MOST_TEXT:
+        raise ValueError(
+            f"{path} has {length:,} characters in its cells, and a notebook at most {MOST_TEXT:,}"
+        )
+    return found
 
 
 def code_cells(path: Path) -> list[Cell]:
@@ -106,9 +128,21 @@ def definitions(cell: Cell) -> list[ast.stmt]:
         SyntaxError: if the cell is not Python.
     """
     try:
-        tree = ast.parse(cell.source, cell.filename)
-    except SyntaxError:
-        tree = ast.parse(_without_magics(cell.source), cell.filename)
+        cell.source.encode()
+        try:
+            tree = ast.parse(cell.source, cell.filename)
+        except SyntaxError:
+            tree = ast.parse(_without_magics(cell.source), cell.filename)
+    except UnicodeEncodeError as error:
+        line = cell.source[: error.start].count("\n")
+        text = cell.source.split("\n")[line]
+        raise SyntaxError("half a character stands in it", (cell.filename, line + 1, 0, text)) from None
+    except (
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # a character 0; brackets in brackets without end
+        raise SyntaxError(str(error) or "it is nested too deeply", (cell.filename, 1, 0, "")) from None
     return [statement for statement in tree.body if _defines(statement)]
 
 
@@ -123,3 +157,24 @@ def _defines(statement: ast.stmt) -> bool:
             isinstance(node, (ast.Call, ast.Await, ast.NamedExpr)) for node in ast.walk(statement.value)
         )
     return False
+
+
+def course_imports(cells: list[Cell]) -> set[tuple[str, str]]:
+    """What cells import from the course, anywhere in them: `("tutorial_lib.core.rope", "apply_rope")`.
+
+    Of a module that is imported whole, the second is "". The checker itself does not count.
+    """
+    found = set()
+    for cell in cells:
+        try:
+            statements = definitions(cell)
+        except SyntaxError:
+            continue
+        for node in (node for statement in statements for node in ast.walk(statement)):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found |= {(node.module, alias.name) for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {(alias.name, "") for alias in node.names}
+    return {pair for pair in found if pair[0].split(".")[0] == "tutorial_lib"} - {
+        ("tutorial_lib.checks", "check")
+    }

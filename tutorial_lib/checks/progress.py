@@ -13,7 +13,7 @@ from tutorial_lib.checks.notebook import find_home, notebook_of, statements
 from tutorial_lib.checks.spec import Exercise
 from tutorial_lib.files import write_text
 
-__all__ = ["next_hint", "overview", "record"]
+__all__ = ["next_hint", "overview", "record", "recorded"]
 
 
 def _file() -> Path | None:
@@ -44,6 +44,11 @@ def record(results: Iterable[Result]) -> None:
     state = _load()
     state["status"].update({result.id: result.status for result in results})
     _save(state)
+
+
+def recorded(exercise_id: str) -> str:
+    """The status that was remembered last, or ""."""
+    return str(_load()["status"].get(exercise_id, ""))
 
 
 def next_hint(exercise: Exercise, show_all: bool = False) -> str:

@@ -2,177 +2,111 @@
 
 Learner code may loop for ever, ask for 50 GB, call `sys.exit` or crash the interpreter: its process ends, one
 sentence is left, and the other exercises are graded all the same. Only definitions run (imports, functions,
-classes, constants), never the notebook's experiments.
+classes, constants), never the notebook's experiments. The process gives numbers, and they are judged here, where no
+learner code runs.
+
+`strict` is for the work of others: their process reaches nothing but Python and a folder of its own (`confine`),
+and what it may import from the course is what the exercise's own notebook imports. SECURITY.md says what remains.
 """
 
 from __future__ import annotations
 
-import ast
-import builtins
-import linecache
-import multiprocessing
-import os
-import signal
-import sys
-import types
-from multiprocessing.connection import Connection
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from tutorial_lib.checks.grade import Result, grade
-from tutorial_lib.checks.gradings import find_exercise
-from tutorial_lib.checks.guard import explain_crash, guarded
-from tutorial_lib.checks.notebook import Cell, code_cells, definitions
+from tutorial_lib.checks import child
+from tutorial_lib.checks.answers import Here, asked_of
+from tutorial_lib.checks.apart import Apart, scratch_folder
+from tutorial_lib.checks.grade import Result, judge
+from tutorial_lib.checks.gradings import PACKAGE
+from tutorial_lib.checks.notebook import Cell, code_cells, course_imports, find_home, notebook_of
+from tutorial_lib.checks.plain import readable
 from tutorial_lib.checks.spec import Exercise
 from tutorial_lib.checks.stubs import is_untouched, top_level_source
 
-__all__ = ["grade_cells", "grade_notebook", "load_symbol"]
+__all__ = ["grade_cells", "grade_notebook"]
 
 SECONDS = 20.0
-MEMORY_GIB = 2.0
 GRACE = 10.0  # seconds beyond the limit, for the child to say so itself
+UNTOUCHED = (
+    "the notebook's file holds the stub as it came: if you have written there, save the notebook (Ctrl-S)"
+)
 
 
-def load_symbol(cells: list[Cell], symbol: str) -> Any:
-    """Run the definitions of the cells, in order, and return what `symbol` is at the end.
-
-    A cell with an error does not stop the others: it matters only if `symbol` then is missing.
-
-    Raises:
-        Exception: the learner's own error, if it left `symbol` undefined.
-        LookupError: if no cell defines it.
-    """
-    module = types.ModuleType("__learner__")
-    sys.modules[module.__name__] = module  # dataclasses and inspect look a class's module up
-    first_error: BaseException | None = None
-    for cell in cells:
-        lines = cell.source.splitlines(keepends=True)
-        linecache.cache[cell.filename] = (len(cell.source), None, lines, cell.filename)
-        try:
-            statements = definitions(cell)
-        except SyntaxError as error:
-            if _names(cell.source, symbol):
-                first_error = first_error or error
-            continue
-        for statement in statements:
-            try:
-                exec(compile(ast.Module([statement], []), cell.filename, "exec"), module.__dict__)
-            except Exception as error:  # e.g. an import that was deleted: remember the first
-                first_error = first_error or error
-    if symbol in module.__dict__:
-        return module.__dict__[symbol]
-    if first_error is not None:
-        raise first_error
-    raise LookupError(f"no cell of the notebook defines `{symbol}` any more")
-
-
-def _names(source: str, symbol: str) -> bool:
-    return any(f"{keyword} {symbol}" in source for keyword in ("def", "class")) or f"{symbol} =" in source
-
-
-def _crashed(exercise: Exercise, sentence: str) -> Result:
+def _result(exercise: Exercise, status: str, sentence: str, details: str = "") -> Result:
     probes = {probe.name: "not run" for probe in exercise.probes}
-    return Result(exercise.id, exercise.symbol, "crashed", probes, sentence, look_again=exercise.look_again)
+    return Result(
+        exercise.id,
+        exercise.symbol,
+        status,
+        probes,
+        sentence,
+        look_again=exercise.look_again,
+        details=details,
+    )
 
 
 def grade_cells(exercise: Exercise, cells: list[Cell]) -> Result:
     """Grade one exercise here and now, in this process."""
-    try:
-        with guarded(SECONDS):
-            learner = load_symbol(cells, exercise.symbol)
-    except SyntaxError as error:
-        line = (error.text or "").strip()
-        return _crashed(exercise, f"Python cannot read the cell: {error.msg}, at `{line}`")
-    except LookupError as error:
-        if type(error) is LookupError:
-            return _crashed(exercise, str(error))
-        return _crashed(exercise, explain_crash(error, SECONDS))
-    except BaseException as error:
-        return _crashed(exercise, explain_crash(error, SECONDS))
-    return grade(exercise, learner, SECONDS)
+    learner, sentence = child.load(cells, exercise.symbol, SECONDS)
+    if sentence:
+        return _result(exercise, "crashed", sentence)
+    return judge(exercise, Here(exercise.probes, exercise.symbol, asked_of(exercise), learner), SECONDS)
 
 
-def _limit_memory() -> None:
-    try:
-        import resource
-
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        limit = used + int(MEMORY_GIB * 2**30)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, OSError, ValueError):  # no such limits here (Windows, macOS): time still is
-        pass
-
-
-def _child(exercise_id: str, cells: list[Cell], answer: Connection) -> None:
-    os.setsid() if hasattr(os, "setsid") else None  # so that its own children can be ended with it
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    builtins.input = _no_input  # type: ignore[assignment]
-    torch.set_num_threads(1)
-    _limit_memory()
-    answer.send(grade_cells(find_exercise(exercise_id), cells))
-    answer.close()
-    os._exit(0)  # no exit handlers of the learner's
+def _grade_apart(exercise: Exercise, cells: list[Cell], modules: Sequence[str], strict: bool) -> Result:
+    with scratch_folder(strict) as scratch:
+        apart = Apart(exercise, cells, modules, scratch, SECONDS, GRACE)
+        try:
+            ready = apart.ready()
+            if ready.status == "crashed":
+                return _result(exercise, "crashed", ready.sentence)
+            return judge(exercise, apart, SECONDS)
+        finally:
+            apart.end()
 
 
-def _no_input(prompt: object = "") -> str:
-    raise EOFError("an exercise is graded with nobody at the keyboard: take input() out")
+def grade_notebook(path: Path, exercises: list[Exercise], strict: bool = False) -> list[Result]:
+    """Grade the given exercises of one notebook, each apart from the others.
 
-
-def _grade_apart(exercise: Exercise, cells: list[Cell]) -> Result:
-    """Grade in a child process; whatever becomes of it, a result comes back."""
-    fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-    context = multiprocessing.get_context("fork" if fork else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(exercise.id, cells, theirs), daemon=True)
-    torch.set_num_threads(1)  # a fork must not inherit a pool of threads
-    child.start()
-    theirs.close()
-    try:
-        # The child's own alarm gives the better sentence; this one is for code that blocks alarms.
-        if ours.poll(SECONDS + GRACE):
-            return ours.recv()
-        return _crashed(exercise, f"it did not finish within {SECONDS:.0f} seconds, and had to be ended")
-    except EOFError:
-        child.join(5)
-        return _crashed(exercise, _how_it_died(child.exitcode))
-    finally:
-        _end(child)
-
-
-def _end(child: Any) -> None:
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except (AttributeError, ProcessLookupError, PermissionError):
-        child.kill()
-    child.join()
-
-
-def _how_it_died(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        why = "it ran out of memory" if name == "SIGKILL" else "it crashed the Python interpreter"
-        return f"{why} ({name}): does it reach outside of Python, or ask for too much?"
-    return f"it ended the Python process (exit code {exitcode}): use return, or raise an error"
-
-
-def grade_notebook(path: Path, exercises: list[Exercise]) -> list[Result]:
-    """Grade the given exercises of one notebook, each apart from the others."""
+    Args:
+        strict: The notebook is somebody else's: bound it on all sides.
+    """
     try:
         cells = code_cells(path)
     except (OSError, ValueError) as error:
-        return [_crashed(exercise, str(error)) for exercise in exercises]
+        return [_result(exercise, "crashed", readable(str(error))) for exercise in exercises]
     results = []
     for exercise in exercises:
-        if is_untouched(exercise.symbol, top_level_source(cells, exercise.symbol), path):
-            result = _crashed(exercise, "the stub is as it came")
-            result.status = "not started"
-        else:
-            result = _grade_apart(exercise, cells)
-        results.append(result)
+        if is_untouched(exercise.lesson, exercise.symbol, top_level_source(cells, exercise.symbol)):
+            results.append(_result(exercise, "not started", UNTOUCHED))
+            continue
+        allowed = _imports_of_the_stub(exercise.lesson) if strict else set()
+        if strict and (more := sorted(course_imports(cells) - allowed)):
+            name = ".".join(filter(None, more[0]))
+            sentence = f"it imports {name}, which the exercise's own notebook does not: build it yourself"
+            results.append(_result(exercise, "crashed", sentence))
+            continue
+        results.append(_grade_apart(exercise, cells, _modules(allowed), strict))
     return results
+
+
+def _imports_of_the_stub(lesson: str) -> set[tuple[str, str]]:
+    """What the exercise's own notebook imports from the course.
+
+    Raises:
+        FileNotFoundError: if it is not here.
+    """
+    home = find_home()
+    notebook = notebook_of(lesson, home / "solutions") if home else None
+    if notebook is None:
+        raise FileNotFoundError(
+            "strict grading needs the course's solutions: run it in a clone of the course"
+        )
+    return course_imports(code_cells(notebook))
+
+
+def _modules(imports: set[tuple[str, str]]) -> list[str]:
+    """The modules among what is imported: in `from a import b`, b may be one."""
+    names = {module for module, _ in imports} | {f"{module}.{name}" for module, name in imports if name}
+    return sorted(n for n in names if (PACKAGE.parent / n.replace(".", "/")).with_suffix(".py").exists())

@@ -10,20 +10,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tutorial_lib.checks.notebook import Cell, definitions, find_home, notebook_of
+from tutorial_lib.checks.gradings import PACKAGE, grading_files
+from tutorial_lib.checks.notebook import Cell, definitions, find_home
 from tutorial_lib.nb.digests import stub_digest
 
 __all__ = ["is_untouched", "is_untouched_object", "top_level_source"]
 
 
-@cache
 def _manifest() -> dict[str, dict[str, Any]]:
+    """The stubs as they came: the clone's list of them, or the one that a wheel brings along."""
     home = find_home()
+    file = (home or PACKAGE) / "exercises" / "manifest.json"
     try:
-        text = (home / "exercises" / "manifest.json").read_text(encoding="utf-8")  # type: ignore[operator]
-        return json.loads(text)["notebooks"]
+        return _read_manifest(file)
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # without it, a stub is still known by its NotImplementedError
+
+
+@cache
+def _read_manifest(file: Path) -> dict[str, dict[str, Any]]:
+    return json.loads(file.read_text(encoding="utf-8"))["notebooks"]
 
 
 def top_level_source(cells: list[Cell], symbol: str) -> str | None:
@@ -40,19 +46,20 @@ def top_level_source(cells: list[Cell], symbol: str) -> str | None:
     return None
 
 
-def is_untouched(symbol: str, source: str | None, notebook: Path) -> bool:
-    """Whether `source` is the stub that `make exercises` wrote for this notebook."""
-    entry = _manifest().get(f"{notebook.parent.name}/{notebook.name}", {})
+def is_untouched(lesson: str, symbol: str, source: str | None) -> bool:
+    """Whether `source` is the stub that `make exercises` wrote for this lesson."""
+    grading = grading_files()[lesson]  # at the notebook's own path, in its tree
+    entry = _manifest().get(f"{grading.parent.name}/{grading.stem}.ipynb", {})
     stub = entry.get("stubs", {}).get(symbol)
-    return source is not None and stub is not None and stub_digest(source) == stub
+    try:
+        return source is not None and stub is not None and stub_digest(source) == stub
+    except (ValueError, RecursionError):  # digests do not go as deep as Python's syntax may
+        return False
 
 
 def is_untouched_object(lesson: str, symbol: str, learner: Any) -> bool:
     """The same for a live function or class from a notebook's kernel."""
-    home = find_home()
-    notebook = notebook_of(lesson, home / "solutions") if home else None
-    source = _live_source(learner, symbol)
-    return notebook is not None and is_untouched(symbol, source, notebook)
+    return is_untouched(lesson, symbol, _live_source(learner, symbol))
 
 
 def _live_source(learner: Any, symbol: str) -> str | None:
