@@ -1,4 +1,3 @@
-# Exported from chapters/part_5_moe/5_2_moe_layer.ipynb. Edit the lesson, then run: make export
 """All experts of a layer as stacks of matrices, and each token sent to its own: sorted, multiplied, put back.
 
 Letters: N tokens · D model width · M width inside an expert · E experts · K experts of a token · R = N·K rows, one for each
