@@ -250,12 +250,13 @@ def test_execute_stores_outputs_and_a_failure_writes_nothing(root: Path) -> None
     line = execute(path, root)
     assert line.startswith("chapters/part_1/1_1_x.ipynb   ") and " KB   slowest: cell " in line
     nb = read_notebook(path)
-    assert nb.cells[1].outputs[0].text == "part_1\n"
-    assert nb.cells[2].outputs[0].data["text/plain"] == "42"
+    *_, where, product = nb.cells  # after the badge and the setup cell
+    assert where.outputs[0].text == "part_1\n"
+    assert product.outputs[0].data["text/plain"] == "42"
     assert main(["--root", str(root), "--check"]) == 0
-    nb.cells[2].source = "1 / 0"
+    product.source = "1 / 0"
     before = write(path, nb).read_text()
-    with pytest.raises(ValueError, match=r"1_1_x.ipynb, cell 3, failed; nothing was written"):
+    with pytest.raises(ValueError, match=r"1_1_x.ipynb, cell 4, failed; nothing was written"):
         execute(path, root)
     assert path.read_text() == before
 

@@ -7,6 +7,7 @@ identity, so that the same code runs on a laptop.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,9 @@ def stop() -> None:
     """Leave the group."""
     if _running():
         dist.destroy_process_group()
+        # DDP keeps gloo's threads alive, and one may still hold a tensor of the last collective. Were it dropped while
+        # Python ends, the process would be aborted ("terminate called without an active exception").
+        time.sleep(0.2)
 
 
 def barrier() -> None:
