@@ -9,6 +9,7 @@ from tutorial_lib.cli.eval import evaluate
 from tutorial_lib.cli.export import export
 from tutorial_lib.cli.fetch import fetch
 from tutorial_lib.cli.generate import generate
+from tutorial_lib.cli.sft import sft
 from tutorial_lib.cli.tokenize import tokenize
 from tutorial_lib.cli.train import train
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(sft)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)

@@ -6,7 +6,7 @@ of them (under FSDP a forward pass needs everybody); files are written by the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeAlias
 
@@ -158,8 +158,10 @@ class Sample:
         context: int | None = None,
         n: int = 120,
         through: Callable[[Iterable[int]], Iterable[int]] = iter,
+        encode: Callable[[str], list[int]] | None = None,
     ) -> None:
         self.trainer, self.tokenizer, self.prompt, self.due = trainer, tokenizer, prompt, due
+        self.encode = encode or tokenizer.encode
         self.logger, self.context, self.n, self.through = logger, context, n, through
         self.text = ""
         """The last one."""
@@ -174,8 +176,9 @@ class Sample:
     def write(self, step: int) -> str:
         """Now."""
         with self.trainer.precision.autocast():
+            ids = self.encode(self.prompt)
             self.text = write_on(
-                judged(self.trainer), self.tokenizer, self.prompt, self.n, self.context, self.through
+                judged(self.trainer), self.tokenizer, ids, self.n, self.context, self.through
             )
         self.step = step
         self.logger.text(step, "sample", self.text)
@@ -185,14 +188,15 @@ class Sample:
 def write_on(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     n: int = 120,
     context: int | None = None,
     through: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> str:
-    """The prompt and the `n` tokens that the model writes after it, from the same random numbers at every call."""
+    """The prompt (a text, or its ids) and the `n` tokens that the model writes after it, from the same random numbers at every call."""
     device = next(model.parameters()).device
-    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
+    start = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = torch.tensor([start], device=device)
     how = {"temperature": 0.8, "top_p": 0.95, "generator": torch.Generator(device).manual_seed(0)}
     new = [int(token) for token in through(generate(model, ids, n, context, **how))]
     known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens

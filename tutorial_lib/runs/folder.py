@@ -20,7 +20,7 @@ __all__ = ["check_free", "furnish", "locked"]
 MARK = "# The settings of a run of llm-scratch. Its folder is written by that run alone.\n"
 """How a run's config.yaml begins: a folder that has one may be written to by a run that begins anew."""
 WRITTEN = (
-    "config.yaml", "metrics.csv", "tokenizer.json", "tensorboard", "trace.json.gz", "wandb", "wandb-id.txt",
+    "config.yaml", "metrics.csv", "tokenizer.json", "tokenizer_config.json", "tensorboard", "trace.json.gz", "wandb", "wandb-id.txt",
 )  # fmt: skip
 """What a run writes beside its checkpoints."""
 

@@ -70,6 +70,8 @@ class Work:
     """More of them; they come first."""
     also: Mapping[str, HasState] = field(default_factory=dict)
     """What else is saved with every checkpoint and given back on resuming, by name: a controller's state, say."""
+    ask: Callable[[str], list[int]] | None = None
+    """How `log.prompt` is put to the model; as a text to go on with when None."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _train(
         logger.loggers += _loggers(config, folder, trainer.step if goes_on else None, stop.tell)
     sample = None
     if log.prompt and work.tokenizer is not None:
-        more = {"context": train.seq_len, "through": stop.through}
+        more = {"context": train.seq_len, "through": stop.through, "encode": work.ask}
         sample = Sample(trainer, work.tokenizer, log.prompt, evaluator.looked, logger, **more)
     show = Show(console, evaluator, sample)
     stop.looking = show.looking

@@ -1,0 +1,95 @@
+"""How a model that cannot chat yet is to learn it: tokens for who speaks, a template, and rows for them in its tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tutorial_lib.core.model import Transformer
+from tutorial_lib.data.adapters import HuggingFaceTokenizer, as_huggingface
+from tutorial_lib.data.bpe import BPETokenizer
+from tutorial_lib.data.protocol import Tokenizer
+from tutorial_lib.data.tokenize import ByteTokenizer
+from tutorial_lib.serve.template import ChatTemplate
+
+__all__ = ["CHAT", "END", "ROLE_TOKENS", "end_ids", "grow_vocabulary", "with_roles"]
+
+END = "<|end|>"
+"""Ends what somebody says. A model that never learned it never stops."""
+
+ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", END)
+"""One token for each role, with an id of its own: no text that a user types can be read as one."""
+
+CHAT = """
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>' }}
+{%- if message['role'] == 'assistant' -%}
+{% generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}
+{%- else -%}
+{{ message['content'] + '<|end|>' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+""".strip()
+"""The course's template: `<|user|>Reverse: lord<|end|><|assistant|>drol<|end|>`. Its marks around what the assistant says
+are for `transformers`, which makes masks of them; ours need none."""
+
+
+def with_roles(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    """The same tokenizer with `ROLE_TOKENS` after all that it has, and `END` for its end; every other id stays.
+
+    Raises:
+        ValueError: if it cannot be said in Hugging Face's words, in which it is saved.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        tokenizer = BPETokenizer({bytes([b]): b for b in range(256)}, list(tokenizer.specials))
+    theirs = as_huggingface(tokenizer).tokenizer
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Theirs
+
+    copy = Theirs.from_str(theirs.to_str())
+    copy.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ROLE_TOKENS])
+    return HuggingFaceTokenizer(copy, eos=END)
+
+
+def end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that end an answer as this template writes it: the last special after what the assistant says.
+
+    Empty if it writes none: then nothing in the ids says where an answer ends.
+    """
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = template.encode(tokenizer, said, answer_next=False)
+    specials = set(tokenizer.specials.values())
+    begin = len(template.encode(tokenizer, said[:1], answer_next=True))
+    found = [i for i in ids[begin:] if i in specials]
+    return frozenset(found[-1:])
+
+
+@torch.no_grad()
+def grow_vocabulary(model: Transformer, vocab_size: int) -> Transformer:
+    """The same model with rows for more tokens: the old ones score what they scored before.
+
+    A new row is the mean of the old ones and a little noise, so that a new token begins as nothing in particular: neither
+    likelier than all the others, as with zeros where most scores are negative, nor out of range.
+
+    Returns:
+        A new model, of the same kind and in the same mode; the old one is not changed.
+
+    Raises:
+        ValueError: if it has more rows already.
+    """
+    old = model.config.vocab_size
+    if vocab_size < old:
+        raise ValueError(
+            f"the model has {old:,} rows, which {vocab_size:,} tokens do not fill: a vocabulary only grows"
+        )
+    bigger = type(model)(replace(model.config, vocab_size=vocab_size)).to(model.tokens.weight.device)
+    bigger = bigger.to(model.tokens.weight.dtype)
+    state = model.state_dict()
+    for name in [name for name, table in bigger.state_dict().items() if state[name].shape != table.shape]:
+        mean, spread = state[name].mean(dim=0), state[name].std(dim=0)
+        noise = torch.randn(vocab_size - old, mean.numel(), dtype=torch.float32).to(mean)
+        state[name] = torch.cat([state[name], mean + 0.1 * spread * noise])
+    bigger.load_state_dict(state)
+    return bigger.train(model.training)
