@@ -14,210 +14,238 @@ from tutorial_lib.checks.spec import Exercise, Probe
 # ── 5.1.a  The balancing loss ────────────────────────────────────────────────────────────────────────────
 
 
-def _load(experts: Tensor, E: int) -> Tensor:
-    return experts.flatten().bincount(minlength=E).float()
+def _shares(experts: Tensor, n_experts: int) -> Tensor:
+    load = F.one_hot(experts, n_experts).sum(dim=(0, 1))
+    return load / load.sum()
 
 
-def balancing_loss(logits: Tensor, K: int) -> Tensor:
+def balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     """The reference."""
-    E = logits.shape[1]
-    load = _load(logits.topk(K).indices, E)
-    return E * (load / load.sum() * logits.softmax(-1).mean(0)).sum()
+    E = logits.shape[-1]
+    return E * (_shares(experts, E) * logits.softmax(-1).mean(0)).sum()
 
 
-def f_sums_to_k(logits: Tensor, K: int) -> Tensor:
-    """Your f is counts by tokens, so it sums to K, as in transformers. Divide by all N·K choices."""
-    return K * balancing_loss(logits, K)
+def without_the_number_of_experts(logits: Tensor, experts: Tensor) -> Tensor:
+    """The factor E is missing: at an even load the loss should be 1, whatever the number of experts, and is 1/E."""
+    return balancing_loss(logits, experts) / logits.shape[-1]
 
 
-def without_e(logits: Tensor, K: int) -> Tensor:
-    """The factor E is missing: at evenness the loss is then 1/E, and its strength depends on how many experts
-    there are."""
-    return balancing_loss(logits, K) / logits.shape[1]
+def f_sums_to_the_number_of_choices(logits: Tensor, experts: Tensor) -> Tensor:
+    """Your f is divided by the tokens, and a token has K choices, so it sums to K and so does the loss at an even load.
+    Divide by all choices."""
+    return balancing_loss(logits, experts) * experts.shape[1]
 
 
-def p_from_the_chosen_only(logits: Tensor, K: int) -> Tensor:
-    """P leaves out the probabilities of experts that were not chosen. It is the mean of the full softmax."""
-    N, E = logits.shape
-    probs = logits.softmax(-1)
-    best = logits.topk(K).indices
-    P = torch.zeros_like(probs).scatter(1, best, probs.gather(1, best)).mean(0)
-    return E * (_load(best, E) / (N * K) * P).sum()
+def the_count_is_not_a_share(logits: Tensor, experts: Tensor) -> Tensor:
+    """f is a count here, so the loss grows with the batch. Divide it by the number of all choices."""
+    return balancing_loss(logits, experts) * experts.numel()
 
 
-def p_without_a_gradient(logits: Tensor, K: int) -> Tensor:
-    """The number is right, but P was detached, so nothing has a gradient. Only f is a constant."""
-    return balancing_loss(logits.detach(), K)
+def a_sum_over_tokens(logits: Tensor, experts: Tensor) -> Tensor:
+    """P is summed over the tokens and not averaged, so the loss grows with the batch."""
+    return balancing_loss(logits, experts) * logits.shape[0]
 
 
-def probabilities_in_place_of_counts(logits: Tensor, K: int) -> Tensor:
-    """You used P twice, E · Σ P². f is a count: how often each expert was chosen."""
-    P = logits.softmax(-1).mean(0)
-    return logits.shape[1] * (P * P).sum()
+def only_the_chosen_have_a_probability(logits: Tensor, experts: Tensor) -> Tensor:
+    """P is made of the chosen experts' probabilities alone. It needs the full softmax of every token: what was not chosen
+    could have been."""
+    E = logits.shape[-1]
+    p = logits.softmax(-1)
+    chosen = torch.zeros_like(p).scatter(1, experts, 1.0)
+    return E * (_shares(experts, E) * (p * chosen).mean(0)).sum()
 
 
-def softmax_over_the_tokens(logits: Tensor, K: int) -> Tensor:
-    """The softmax goes over the tokens. Each token divides itself among the experts: the last dimension."""
-    N, E = logits.shape
-    return E * (_load(logits.topk(K).indices, E) / (N * K) * logits.softmax(0).mean(0)).sum()
+def renormalized_over_the_chosen(logits: Tensor, experts: Tensor) -> Tensor:
+    """P is made of the weights, the softmax over the chosen scores. With one expert for each token they are all 1, and the
+    loss has no gradient: take the softmax over all experts."""
+    E = logits.shape[-1]
+    weights = logits.gather(1, experts).softmax(-1)
+    P = torch.zeros_like(logits).scatter(1, experts, weights).mean(0)
+    return E * (_shares(experts, E) * P).sum()
 
 
-def only_the_first_choice_is_counted(logits: Tensor, K: int) -> Tensor:
-    """You counted each token's best expert alone. All K choices are work, and all are counted."""
-    return balancing_loss_of(logits, logits.topk(1).indices)
+def p_is_detached(logits: Tensor, experts: Tensor) -> Tensor:
+    """The value is right, but P was detached, so nothing is pushed anywhere. f is the one without a gradient."""
+    return balancing_loss(logits.detach(), experts) + 0 * logits.sum()
 
 
-def balancing_loss_of(logits: Tensor, experts: Tensor) -> Tensor:
-    """E · Σ f·P for choices that are already made."""
-    E = logits.shape[1]
-    load = _load(experts, E)
-    return E * (load / load.sum() * logits.softmax(-1).mean(0)).sum()
+def a_softmax_over_the_tokens(logits: Tensor, experts: Tensor) -> Tensor:
+    """The softmax goes over the tokens (dim=0). Each token's probabilities over the experts must sum to 1: dim=-1."""
+    E = logits.shape[-1]
+    return E * (_shares(experts, E) * logits.softmax(0).mean(0)).sum()
 
 
-def _gradient(f: Any, K: int) -> tuple[bool, Tensor]:
-    logits = randn(9, 5, seed=4).requires_grad_()
-    loss = f(logits, K)
-    if not loss.requires_grad:
-        return False, torch.zeros(9, 5)
+def the_scores_themselves(logits: Tensor, experts: Tensor) -> Tensor:
+    """P is the mean of the scores; it should be the mean of their softmax."""
+    E = logits.shape[-1]
+    return E * (_shares(experts, E) * logits.mean(0)).sum()
+
+
+def _case(n: int = 12, E: int = 5, k: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+    logits = randn(n, E, seed=seed)
+    return logits, logits.topk(k).indices
+
+
+def _loss_and_gradient(f: Any, *case: Any) -> tuple[Tensor, Tensor]:
+    logits, experts = case
+    leaf = logits.clone().requires_grad_()
+    loss = f(leaf, experts)
     loss.backward()
-    return True, torch.zeros(9, 5) if logits.grad is None else logits.grad
+    return loss.detach(), torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _two_tokens() -> tuple[Tensor, Tensor]:
+    return torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log(), torch.tensor([[0], [0]])
 
 
 BALANCE = Exercise(
     id="5.1.a",
     symbol="balancing_loss",
     reference=balancing_loss,
-    look_again="A loss that asks for evenness",
+    look_again="The auxiliary loss",
     probes=[
-        Probe("one number", lambda f: f(randn(6, 4), 2), same_shape, given="scores (6, 4), K = 2"),
+        Probe("one number", lambda f: f(*_case()), same_shape, given="12 tokens, 5 experts, 2 choices each"),
         Probe(
-            "even and sure is 1",
-            lambda f: f(20 * torch.eye(4), 1),
+            "two tokens, by hand",
+            lambda f: f(*_two_tokens()),
             equals(),
-            given="four tokens, each sure of an expert of its own",
+            given="p = (¾, ¼) and (½, ½), both choose expert 0: f = (1, 0), P = (⅝, ⅜)",
         ),
         Probe(
-            "all to one is E",
-            lambda f: f(20 * torch.eye(4)[:1].repeat(5, 1), 1),
+            "1 at an even load, whatever K",
+            lambda f: tuple(
+                f(torch.zeros(4, 4), torch.stack([(torch.arange(4) + i) % 4 for i in range(k)], dim=1))
+                for k in (1, 2, 3)
+            ),
             equals(),
-            given="five tokens, all sure of expert 0 of 4",
+            given="four experts, four tokens that like all of them alike; K = 1, 2, 3",
         ),
-        Probe("equals the reference, top-1", lambda f: f(randn(30, 6, seed=1), 1), equals()),
+        Probe("equals the reference, K = 1", lambda f: f(*_case(k=1)), equals()),
+        Probe("equals the reference, K = 3", lambda f: f(*_case(20, 7, 3, seed=1)), equals()),
         Probe(
-            "equals the reference, top-2 and top-3",
-            lambda f: (f(randn(30, 6), 2), f(randn(7, 5), 3)),
+            "an expert that nobody chose",
+            lambda f: f(randn(6, 8, seed=3), torch.zeros(6, 1, dtype=torch.long)),
             equals(),
         ),
-        Probe("the gradient of the scores", lambda f: (_gradient(f, 1), _gradient(f, 2)), equals()),
+        Probe("its gradient", lambda f: _loss_and_gradient(f, *_case(9, 4, 1, seed=2)), equals(1e-6)),
     ],
     misconceptions=[
-        f_sums_to_k,
-        without_e,
-        p_from_the_chosen_only,
-        p_without_a_gradient,
-        probabilities_in_place_of_counts,
-        softmax_over_the_tokens,
-        only_the_first_choice_is_counted,
+        without_the_number_of_experts,
+        f_sums_to_the_number_of_choices,
+        the_count_is_not_a_share,
+        a_sum_over_tokens,
+        only_the_chosen_have_a_probability,
+        renormalized_over_the_chosen,
+        p_is_detached,
+        a_softmax_over_the_tokens,
+        the_scores_themselves,
     ],
 )
 
 
-# ── 5.1.b  The router that does not learn ────────────────────────────────────────────────────────────────
-
-Routed = tuple[Tensor, Tensor]
+# ── 5.1.b  A router that learns nothing ──────────────────────────────────────────────────────────────────
 
 
-def route(x: Tensor, weight: Tensor, K: int) -> Routed:
+def _probabilities(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.float() @ weight.float().T).softmax(-1)
+
+
+def route(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The reference."""
-    weights, experts = (x @ weight.T).softmax(-1).topk(K)
-    return experts, weights / weights.sum(-1, keepdim=True) if K > 1 else weights
+    weights, experts = _probabilities(x, weight).topk(k)
+    return experts, weights / weights.sum(-1, keepdim=True) if k > 1 else weights
 
 
-def as_it_was_given(x: Tensor, weight: Tensor, K: int) -> Routed:
-    """Both bugs are still there: the scores are taken under no_grad, and with K = 1 the softmax of one score
-    is 1."""
-    with torch.no_grad():
-        scores, experts = (x @ weight.T).topk(K)
-    return experts, scores.softmax(-1)
+def as_it_was_given(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Nothing is mended yet: with k = 1 the weight is the softmax over one score, which is 1 and has no gradient."""
+    best, experts = (x @ weight.T).float().topk(k)
+    return experts, best.softmax(-1)
 
 
-def only_no_grad_is_gone(x: Tensor, weight: Tensor, K: int) -> Routed:
-    """The gradient may flow now, but with K = 1 the weight is the softmax of one score: always 1, and its
-    slope 0. Take the softmax before the choice."""
-    scores, experts = (x @ weight.T).topk(K)
-    return experts, scores.softmax(-1)
+def softmax_after_the_choice(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The scores are in fp32 now, but the softmax still goes over the chosen alone: with k = 1 the weight is always 1."""
+    best, experts = (x.float() @ weight.float().T).topk(k)
+    return experts, best.softmax(-1)
 
 
-def divided_by_themselves(x: Tensor, weight: Tensor, K: int) -> Routed:
-    """A single weight divided by its sum is 1 again, and has no slope. Renormalise only where K > 1."""
-    weights, experts = (x @ weight.T).softmax(-1).topk(K)
+def always_divided_by_their_sum(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """You divide by the sum for k = 1, too: p / p is 1, and the gradient is gone again."""
+    weights, experts = _probabilities(x, weight).topk(k)
     return experts, weights / weights.sum(-1, keepdim=True)
 
 
-def never_renormalised(x: Tensor, weight: Tensor, K: int) -> Routed:
-    """The weights are the bare probabilities. For K > 1 they should be divided by their sum."""
-    weights, experts = (x @ weight.T).softmax(-1).topk(K)
+def never_divided_by_their_sum(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The weights of two experts should sum to 1: for k > 1 divide by their sum."""
+    weights, experts = _probabilities(x, weight).topk(k)
     return experts, weights
 
 
-def still_under_no_grad(x: Tensor, weight: Tensor, K: int) -> Routed:
-    """The numbers are right, but they are computed where autograd does not look. Only the choice may be."""
-    with torch.no_grad():
-        return route(x, weight, K)
+def rounded_before_it_was_widened(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The softmax is in fp32, but the product of tokens and matrix is still in the tokens' type: widen both before they
+    meet."""
+    weights, experts = (x @ weight.T).float().softmax(-1).topk(k)
+    return experts, weights / weights.sum(-1, keepdim=True) if k > 1 else weights
 
 
-def the_sum_is_detached(x: Tensor, weight: Tensor, K: int) -> Routed:
-    """The numbers are right, but the sum that you divide by is detached: a router can then raise all its
-    weights at once, and its gradient is another one."""
-    weights, experts = (x @ weight.T).softmax(-1).topk(K)
-    return experts, weights / weights.sum(-1, keepdim=True).detach() if K > 1 else weights
+def a_sigmoid_for_each(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each expert has a sigmoid of its own. That has a gradient (DeepSeek-V3 does it), but it is not the softmax that was
+    asked for."""
+    weights, experts = (x.float() @ weight.float().T).sigmoid().topk(k)
+    return experts, weights / weights.sum(-1, keepdim=True) if k > 1 else weights
 
 
-def _slope(f: Any, K: int) -> tuple[bool, Tensor]:
-    weight = randn(5, 4, seed=2).requires_grad_()
-    _, weights = f(randn(7, 4, seed=3), weight, K)
+def the_weights_are_detached(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The numbers are right, but the weights carry no gradient: the choice needs none, the weights do."""
+    experts, weights = route(x, weight, k)
+    return experts, weights.detach()
+
+
+def _tokens(n: int = 16, D: int = 6, E: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    return randn(n, D, seed=seed), randn(E, D, seed=seed + 100)
+
+
+def _router_gradient(f: Any, k: int) -> Tensor:
+    x, weight = _tokens(seed=4)
+    weight = weight.clone().requires_grad_()
+    _, weights = f(x, weight, k)
     if not weights.requires_grad:
-        return False, torch.zeros(5, 4)
-    (weights * randn(7, K, seed=5)).sum().backward()
-    return True, weight.grad
+        return torch.zeros_like(weight)
+    (weights * randn(*weights.shape, seed=5)).sum().backward()
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _in_bf16(f: Any) -> tuple[Tensor, Tensor]:
+    x, weight = _tokens(64, 32, 6, seed=7)
+    return f(x.bfloat16(), weight.bfloat16(), 2)
 
 
 ROUTE = Exercise(
     id="5.1.b",
     symbol="route",
     reference=route,
-    look_again="Softmax before or after",
+    look_again="A router is a linear layer and a top-k",
     probes=[
+        Probe("shapes and types", lambda f: f(*_tokens(), 2), same_shape),
         Probe(
-            "shapes", lambda f: f(randn(6, 4), randn(5, 4, seed=1), 2), same_shape, given="x (6, 4), K = 2"
-        ),
-        Probe(
-            "one token by hand, top-1",
-            lambda f: f(torch.tensor([[1.0]]), torch.tensor([[2.0], [1.0], [0.0]]), 1),
+            "two tokens, by hand, k = 1",
+            lambda f: f(torch.eye(2), torch.tensor([[3.0, 0.0], [1.0, 0.0]]).log().nan_to_num(neginf=0.0), 1),
             equals(),
-            given="scores 2, 1, 0",
+            given="scores log 3 and log 1, so p = (¾, ¼), for the first token",
         ),
-        Probe(
-            "one token by hand, top-2",
-            lambda f: f(torch.tensor([[1.0]]), torch.tensor([[2.0], [1.0], [0.0]]), 2),
-            equals(),
-            given="scores 2, 1, 0",
-        ),
-        Probe(
-            "equals the reference",
-            lambda f: tuple(f(randn(20, 4), randn(6, 4, seed=1), K) for K in (1, 2, 3)),
-            equals(),
-        ),
-        Probe("the router learns, top-1", lambda f: _slope(f, 1), equals()),
-        Probe("the router learns, top-2", lambda f: _slope(f, 2), equals()),
+        Probe("weights, k = 2", lambda f: f(*_tokens(), 2), equals()),
+        Probe("weights, k = 1", lambda f: f(*_tokens(seed=1), 1), equals()),
+        Probe("the router's gradient, k = 1", lambda f: _router_gradient(f, 1), equals(1e-6)),
+        Probe("the router's gradient, k = 2", lambda f: _router_gradient(f, 2), equals(1e-6)),
+        Probe("tokens in bf16 are scored in fp32", _in_bf16, equals(1e-6)),
     ],
     misconceptions=[
         as_it_was_given,
-        only_no_grad_is_gone,
-        divided_by_themselves,
-        never_renormalised,
-        still_under_no_grad,
-        the_sum_is_detached,
+        softmax_after_the_choice,
+        always_divided_by_their_sum,
+        never_divided_by_their_sum,
+        rounded_before_it_was_widened,
+        a_sigmoid_for_each,
+        the_weights_are_detached,
     ],
 )
 
@@ -225,309 +253,337 @@ ROUTE = Exercise(
 # ── 5.1.c  Padding in the load ───────────────────────────────────────────────────────────────────────────
 
 
-def _from(f: Tensor, P: Tensor) -> Tensor:
-    return len(f) * (f / f.sum() * P).sum()
+def _count(experts: Tensor, E: int, real: Tensor) -> Tensor:
+    return (F.one_hot(experts, E) * real[:, None, None]).sum(dim=(0, 1))
 
 
-def masked_balancing_loss(probs: Tensor, experts: Tensor, real: Tensor) -> Tensor:
+def _loss(load: Tensor, P: Tensor) -> Tensor:
+    return P.shape[0] * (load / load.sum().clamp(min=1) * P).sum()
+
+
+def load_and_loss(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """The reference."""
-    return _from(_load(experts[real], probs.shape[1]), probs[real].mean(0))
+    load = _count(experts, probs.shape[-1], real)
+    return load, _loss(load, (probs * real[:, None]).sum(0) / real.sum().clamp(min=1))
 
 
-def padding_is_still_in_both(probs: Tensor, experts: Tensor, real: Tensor) -> Tensor:
-    """As it was given: padding is in the load, and in the number that P is divided by."""
-    return _from(_load(experts, probs.shape[1]), (probs * real[:, None]).mean(0))
+def nothing_is_mended(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The load still counts the padding, and P is still divided by all tokens."""
+    load = _count(experts, probs.shape[-1], torch.ones_like(real))
+    return load, _loss(load, (probs * real[:, None]).mean(0))
 
 
-def only_the_load_is_mended(probs: Tensor, experts: Tensor, real: Tensor) -> Tensor:
-    """The load is right, but P is a sum over real tokens divided by all of them. It should sum to 1."""
-    return _from(_load(experts[real], probs.shape[1]), (probs * real[:, None]).mean(0))
+def only_the_load_is_mended(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The load is right. P is a sum over the real tokens, divided by *all* tokens: divide by the real ones."""
+    load = _count(experts, probs.shape[-1], real)
+    return load, _loss(load, (probs * real[:, None]).mean(0))
 
 
-def only_the_probabilities_are_mended(probs: Tensor, experts: Tensor, real: Tensor) -> Tensor:
-    """P is right, but the load still counts where padding was sent."""
-    return _from(_load(experts, probs.shape[1]), probs[real].mean(0))
+def only_the_probabilities_are_mended(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """P is right, but the padding's choices are still counted in the load."""
+    load = _count(experts, probs.shape[-1], torch.ones_like(real))
+    return load, _loss(load, (probs * real[:, None]).sum(0) / real.sum().clamp(min=1))
 
 
-def padding_sent_to_expert_zero(probs: Tensor, experts: Tensor, real: Tensor) -> Tensor:
-    """Multiplying the choices by the mask does not remove them: it makes them choices of expert 0."""
-    return _from(_load(experts * real[:, None], probs.shape[1]), probs[real].mean(0))
+def the_mask_is_not_looked_at(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """`real` is not used at all: this is the load and the loss of padding and text together."""
+    load = _count(experts, probs.shape[-1], torch.ones_like(real))
+    return load, _loss(load, probs.mean(0))
 
 
-def the_mask_the_other_way_round(probs: Tensor, experts: Tensor, real: Tensor) -> Tensor:
-    """You kept the padding and left the tokens out: `real` is True where a token counts."""
-    return masked_balancing_loss(probs, experts, ~real)
+def the_padding_alone(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask is upside down: `real` is True where a token counts."""
+    return load_and_loss(probs, experts, ~real)
 
 
-def _masked(pad: int, seed: int = 0, K: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    """Ten real tokens, and `pad` others whose content follows from `seed`."""
-    logits = torch.cat([randn(10, 4), 2 * randn(pad, 4, seed=9 + seed)])
-    probs = logits.softmax(-1)
-    return probs, probs.topk(K).indices, torch.arange(10 + pad) < 10
+def no_guard_against_nothing(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch of padding alone divides by zero, and one NaN spoils the whole model: `clamp(min=1)` what you divide by."""
+    load = _count(experts, probs.shape[-1], real)
+    P = (probs * real[:, None]).sum(0) / real.sum()
+    return load, P.shape[0] * (load / load.sum() * P).sum()
 
 
-def _in_the_middle() -> tuple[Tensor, Tensor, Tensor]:
-    probs, experts, real = _masked(6)
-    order = torch.tensor([0, 12, 3, 4, 15, 1, 2, 10, 5, 11, 6, 7, 13, 8, 14, 9])
-    return probs[order], experts[order], real[order]
+def a_choice_for_each_token_only(probs: Tensor, experts: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Only the first choice of each token is counted in the load."""
+    return load_and_loss(probs, experts[:, :1], real)
 
 
-def _masked_gradient(f: Any) -> Tensor:
-    probs, experts, real = _masked(5)
-    probs.requires_grad_()
-    f(probs, experts, real).backward()
-    return probs.grad
+def _padded(
+    n: int = 10, E: int = 4, k: int = 2, n_real: int = 6, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    probs = randn(n, E, seed=seed).softmax(-1)
+    real = torch.arange(n) < n_real
+    probs = torch.where(real[:, None], probs, torch.tensor([0.97, *[0.03 / (E - 1)] * (E - 1)]))
+    return probs, probs.topk(k).indices, real
 
 
-def _even() -> tuple[Tensor, Tensor, Tensor]:
-    who = torch.tensor([0, 1, 2, 3, 3, 3])
-    return torch.eye(4)[who], who[:, None], torch.arange(6) < 4
+def _padding_gradient(f: Any) -> Tensor:
+    probs, experts, real = _padded(seed=3)
+    leaf = probs.clone().requires_grad_()
+    f(leaf, experts, real)[1].backward()
+    return leaf.grad
 
 
 PADDING = Exercise(
     id="5.1.c",
-    symbol="masked_balancing_loss",
-    reference=masked_balancing_loss,
+    symbol="load_and_loss",
+    reference=load_and_loss,
     look_again="What goes wrong",
     probes=[
-        Probe("one number", lambda f: f(*_masked(3)), same_shape),
+        Probe("shapes", lambda f: f(*_padded()), same_shape),
         Probe(
-            "by hand",
-            lambda f: f(*_even()),
+            "one real token, by hand",
+            lambda f: f(
+                torch.tensor([[0.75, 0.25], [0.5, 0.5]]),
+                torch.tensor([[0], [1]]),
+                torch.tensor([True, False]),
+            ),
             equals(),
-            given="experts 0, 1, 2, 3, and two of padding at 3: the loss is 1",
+            given="p = (¾, ¼) is real and chooses 0; (½, ½) is padding and chooses 1: load (1, 0), loss 2 · ¾",
         ),
-        Probe("no padding", lambda f: f(*_masked(0)), equals()),
-        Probe("equals the reference", lambda f: (f(*_masked(5)), f(*_masked(8, K=1))), equals()),
+        Probe("all tokens are real", lambda f: f(*_padded(n_real=10)), equals()),
+        Probe("the load of the real tokens", lambda f: f(*_padded())[0], equals()),
+        Probe("the loss of the real tokens", lambda f: f(*_padded(seed=1))[1], equals()),
+        Probe("as if the padding were not there", lambda f: f(*_padded(14, 4, 1, 6, seed=2)), equals()),
         Probe(
-            "other padding, the same loss",
-            lambda f: (f(*_masked(5)), f(*_masked(5, seed=1)), f(*_masked(20, seed=2))),
+            "nothing is real",
+            lambda f: f(*_padded(n_real=0)),
             equals(),
-            given="5 of padding, 5 others, and 20",
+            given="six tokens of padding: loss 0",
         ),
-        Probe("padding in the middle", lambda f: f(*_in_the_middle()), equals()),
-        Probe("the gradient of the probabilities", _masked_gradient, equals()),
+        Probe("its gradient: none at the padding", _padding_gradient, equals(1e-6)),
     ],
     misconceptions=[
-        padding_is_still_in_both,
+        nothing_is_mended,
         only_the_load_is_mended,
         only_the_probabilities_are_mended,
-        padding_sent_to_expert_zero,
-        the_mask_the_other_way_round,
+        the_mask_is_not_looked_at,
+        the_padding_alone,
+        no_guard_against_nothing,
+        a_choice_for_each_token_only,
     ],
 )
 
 
-# ── 5.1.d  The step of the bias ──────────────────────────────────────────────────────────────────────────
+# ── 5.1.d  A thermostat ──────────────────────────────────────────────────────────────────────────────────
 
 
-def step_bias(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """The reference."""
-    load = _load(torch.cat([piece.flatten() for piece in pieces]), len(bias))
-    return bias + speed * (load.mean() - load).sign()
+class _BalanceBias:
+    """The reference, in steps that the misconceptions below replace one at a time."""
+
+    def __init__(self, n_experts: int, speed: float) -> None:
+        self.bias, self.speed = torch.zeros(n_experts), speed
+
+    def favour(self, probs: Tensor) -> Tensor:
+        return probs.detach() + self.bias
+
+    def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
+        weights = probs.gather(-1, experts)
+        return weights / weights.sum(-1, keepdim=True)
+
+    def choose(self, probs: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        experts = self.favour(probs).topk(k).indices
+        return experts, self.weigh(probs, experts)
+
+    def push(self, load: Tensor) -> Tensor:
+        return (load.mean() - load).sign()
+
+    def step(self, load: Tensor) -> None:
+        self.bias = self.bias + self.speed * self.push(load.float())
 
 
-def the_busy_are_favoured(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """The sign is the wrong way round: experts above the mean load go up, and get more."""
-    return bias - (step_bias(bias, pieces, speed) - bias)
+class TheBiasIsInTheWeights(_BalanceBias):
+    """The weights are taken from p + b. The bias says who works; what the output is multiplied by are the probabilities
+    without it."""
+
+    def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
+        return super().weigh(probs + self.bias, experts)
 
 
-def in_proportion_to_the_load(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """The step is as large as the difference of the loads. Only its sign counts: each expert moves by speed, or
-    not at all."""
-    load = _load(torch.cat([piece.flatten() for piece in pieces]), len(bias))
-    return bias + speed * (load.mean() - load)
+class TheBiasIsNotUsed(_BalanceBias):
+    """The bias is turned, but nobody looks at it when the experts are chosen: top-k of p + b."""
+
+    def favour(self, probs: Tensor) -> Tensor:
+        return probs
 
 
-def a_step_for_each_piece(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """You took a step for each piece. Counts of the pieces are added up, and then there is one step."""
-    for piece in pieces:
-        bias = step_bias(bias, [piece], speed)
-    return bias
+class WeightsThatAreNotDivided(_BalanceBias):
+    """The weights are the probabilities as they are; they should be divided by their sum."""
+
+    def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
+        return probs.gather(-1, experts)
 
 
-def only_the_last_piece(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """Only the last piece was counted. The load is that of the whole batch."""
-    return step_bias(bias, pieces[-1:], speed)
+class TheBusyAreFavoured(_BalanceBias):
+    """The sign is the wrong way round: an expert with more than the mean gets a larger bias, and even more to do."""
+
+    def push(self, load: Tensor) -> Tensor:
+        return -super().push(load)
 
 
-def the_mean_without_the_idle(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """Your mean leaves out experts without a token. They belong to it: they are the ones to be helped."""
-    load = _load(torch.cat([piece.flatten() for piece in pieces]), len(bias))
-    return bias + speed * (load[load > 0].mean() - load).sign()
+class InProportionToTheError(_BalanceBias):
+    """The bias is moved by mean − load itself: one uneven batch throws it far. Only the sign counts."""
+
+    def push(self, load: Tensor) -> Tensor:
+        return load.mean() - load
 
 
-def only_upwards(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """The idle go up, but the busy stay. Experts above the mean go down by the same step."""
-    return bias + (step_bias(bias, pieces, speed) - bias).clamp(min=0)
+class ComparedWithTheMedian(_BalanceBias):
+    """You compare with the median of the loads; the mean is what an even load would be."""
+
+    def push(self, load: Tensor) -> Tensor:
+        return (load.median() - load).sign()
 
 
-def the_bias_is_not_carried_on(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """You return the step alone. It is added to the bias that was there."""
-    return step_bias(bias, pieces, speed) - bias
+class ComparedWithOneOverE(_BalanceBias):
+    """You compare counts with 1/E, which is a share: nearly every load is above it. Compare with their mean."""
+
+    def push(self, load: Tensor) -> Tensor:
+        return (1 / load.numel() - load).sign()
 
 
-def changed_in_place(bias: Tensor, pieces: list[Tensor], speed: float) -> Tensor:
-    """The result is right, but the bias that was handed in has changed too. Return a new tensor."""
-    return bias.copy_(step_bias(bias, pieces, speed))
+class TheBiasBeginsAnew(_BalanceBias):
+    """Each step overwrites the bias. It has to add up over many steps."""
+
+    def step(self, load: Tensor) -> None:
+        self.bias = self.speed * self.push(load.float())
 
 
-def _choices() -> list[Tensor]:
-    return [torch.tensor([[0, 1], [0, 1], [0, 2]]), torch.tensor([[1, 2], [4, 1]])]
+class TheSpeedIsForgotten(_BalanceBias):
+    """The bias moves by 1 at each step, and not by the speed: probabilities are smaller than that."""
+
+    def step(self, load: Tensor) -> None:
+        self.bias = self.bias + self.push(load.float())
 
 
-def _step(f: Any) -> tuple[Tensor, Tensor]:
-    bias = torch.tensor([0.5, -0.25, 0.0, 1.0, 0.0])
-    return f(bias, _choices(), 0.1), bias
+def _turned(cls: Any, *loads: list[int], speed: float = 0.1) -> Any:
+    made = cls(len(loads[0]), speed)
+    for load in loads:
+        made.step(torch.tensor(load))
+    return made
 
 
-BIAS = Exercise(
+def _weights_gradient(cls: Any) -> Tensor:
+    leaf = randn(7, 3, seed=6).softmax(-1).requires_grad_()
+    _, weights = _turned(cls, [5, 1, 0]).choose(leaf, 2)
+    (weights * randn(7, 2, seed=8)).sum().backward()
+    return leaf.grad
+
+
+THERMOSTAT = Exercise(
     id="5.1.d",
-    symbol="step_bias",
-    reference=step_bias,
-    look_again="A bias in place of a loss",
+    symbol="BalanceBias",
+    reference=_BalanceBias,
+    look_again="The way without a loss",
     probes=[
-        Probe("shape and dtype", lambda f: f(torch.zeros(5), _choices(), 0.1), same_shape),
+        Probe("shapes", lambda cls: cls(4, 0.1).choose(randn(6, 4).softmax(-1), 2), same_shape),
         Probe(
-            "by hand, one piece",
-            lambda f: f(torch.zeros(4), [torch.tensor([[0, 1], [1, 2], [1, 0]])], 0.5),
+            "before any step it chooses the likeliest",
+            lambda cls: cls(4, 0.1).choose(randn(6, 4).softmax(-1), 2),
             equals(),
-            given="loads 2, 3, 1, 0: their mean is 1.5",
         ),
         Probe(
-            "exactly at the mean nobody moves",
-            lambda f: f(torch.zeros(3), [torch.tensor([[0, 0], [1, 1], [2, 2]])[:, :1]], 0.5),
+            "one step, by hand",
+            lambda cls: _turned(cls, [6, 3, 3, 0]).bias,
             equals(),
-            given="loads 1, 1, 1",
+            given="loads 6, 3, 3, 0, mean 3, speed 0.1",
         ),
         Probe(
-            "two pieces, one step",
-            lambda f: f(torch.zeros(5), _choices(), 0.1),
+            "steps add up",
+            lambda cls: _turned(cls, [9, 2, 1, 0], [0, 4, 4, 4], [5, 5, 1, 1], speed=0.25).bias,
             equals(),
-            given="loads 3, 4, 2, 0, 1: their mean is 2",
+        ),
+        Probe("the mean, of uneven loads", lambda cls: _turned(cls, [10, 2, 2, 1, 1]).bias, equals()),
+        Probe(
+            "the bias changes the choice",
+            lambda cls: _turned(cls, [4, 0], [4, 0]).choose(torch.tensor([[0.6, 0.4], [0.9, 0.1]]), 1)[0],
+            equals(),
+            given="p = (0.6, 0.4) and (0.9, 0.1), bias (-0.2, 0.2)",
         ),
         Probe(
-            "added to what was there, which stays",
-            _step,
+            "and not the weights",
+            lambda cls: _turned(cls, [9, 0, 0], [9, 0, 0]).choose(randn(8, 3, seed=1).softmax(-1), 2),
             equals(),
-            given="value 1 is the result, value 2 the bias handed in",
         ),
+        Probe("the weights have a gradient", _weights_gradient, equals(1e-6)),
     ],
     misconceptions=[
-        the_busy_are_favoured,
-        in_proportion_to_the_load,
-        a_step_for_each_piece,
-        only_the_last_piece,
-        the_mean_without_the_idle,
-        only_upwards,
-        the_bias_is_not_carried_on,
-        changed_in_place,
+        TheBiasIsInTheWeights,
+        TheBiasIsNotUsed,
+        WeightsThatAreNotDivided,
+        TheBusyAreFavoured,
+        InProportionToTheError,
+        ComparedWithTheMedian,
+        ComparedWithOneOverE,
+        TheBiasBeginsAnew,
+        TheSpeedIsForgotten,
     ],
 )
 
 
-# ── 5.1.e  Noise before the choice ───────────────────────────────────────────────────────────────────────
+# ── 5.1.e  The z-loss ────────────────────────────────────────────────────────────────────────────────────
 
 
-def _gates(h: Tensor, K: int) -> Tensor:
-    best, experts = h.topk(K)
-    return torch.full_like(h, float("-inf")).scatter(-1, experts, best).softmax(-1)
-
-
-def noisy_gates(x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool) -> Tensor:
+def z_loss(logits: Tensor) -> Tensor:
     """The reference."""
-    h = x @ gate.T
-    return _gates(h + noise * F.softplus(x @ size.T) if training else h, K)
+    return logits.logsumexp(-1).square().mean()
 
 
-def noise_when_it_is_not_training(
-    x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool
-) -> Tensor:
-    """There is noise when the model does not train, too: the same text then gives another answer each time."""
-    return noisy_gates(x, gate, size, noise, K, True)
+def exponentials_that_overflow(logits: Tensor) -> Tensor:
+    """The formula is right, but exp of a score above 88 is infinite in fp32: `logsumexp` does it without."""
+    return logits.exp().sum(-1).log().square().mean()
 
 
-def noise_of_one_size(x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool) -> Tensor:
-    """All noise has size 1. Its size is softplus of the second linear layer, token by token."""
-    return _gates(x @ gate.T + noise * training, K)
+def not_squared(logits: Tensor) -> Tensor:
+    """The square is missing: without it the loss goes down for ever as the scores do."""
+    return logits.logsumexp(-1).mean()
 
 
-def a_size_that_may_be_negative(
-    x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool
-) -> Tensor:
-    """softplus is missing around the noise's size."""
-    return _gates(x @ gate.T + noise * (x @ size.T) * training, K)
+def the_square_of_the_mean(logits: Tensor) -> Tensor:
+    """You square the mean over the tokens. Tokens of opposite signs cancel each other there: square each, then average."""
+    return logits.logsumexp(-1).mean().square()
 
 
-def softmax_before_the_choice(
-    x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool
-) -> Tensor:
-    """The weights of the chosen do not sum to 1: here the softmax is taken of the K chosen alone."""
-    h = x @ gate.T + (noise * F.softplus(x @ size.T) if training else 0)
-    return h.softmax(-1) * (_gates(h, K) > 0)
+def the_squares_of_the_scores(logits: Tensor) -> Tensor:
+    """This is the mean of the squared scores. The loss is about the logarithm of the sum of their exponentials."""
+    return logits.square().mean()
 
 
-def zero_in_place_of_minus_infinity(
-    x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool
-) -> Tensor:
-    """The others were set to 0 before the softmax, and exp(0) is 1. Set them to minus infinity."""
-    h = x @ gate.T + (noise * F.softplus(x @ size.T) if training else 0)
-    return (h * (_gates(h, K) > 0)).softmax(-1)
+def over_the_tokens(logits: Tensor) -> Tensor:
+    """The sum goes over the tokens (dim=0) and not over the experts."""
+    return logits.logsumexp(0).square().mean()
 
 
-def weights_without_the_noise(
-    x: Tensor, gate: Tensor, size: Tensor, noise: Tensor, K: int, training: bool
-) -> Tensor:
-    """The noise decides who is chosen, but the weights come from the scores without it. They are of h too, or the
-    size of the noise would learn nothing."""
-    clean = x @ gate.T
-    chosen = noisy_gates(x, gate, size, noise, K, training) > 0
-    return clean.masked_fill(~chosen, float("-inf")).softmax(-1)
+def a_sum_and_no_mean(logits: Tensor) -> Tensor:
+    """The loss is summed over the tokens, so it grows with the batch: take the mean."""
+    return logits.logsumexp(-1).square().sum()
 
 
-def _noisy(f: Any, K: int = 2, training: bool = True, N: int = 12) -> Tensor:
-    return f(randn(N, 4), randn(6, 4, seed=1), randn(6, 4, seed=2), randn(N, 6, seed=3), K, training)
-
-
-def _by_hand(f: Any, training: bool) -> Tensor:
-    gate, size = torch.tensor([[2.0], [1.0], [0.0]]), torch.tensor([[0.0], [0.0], [0.0]])
-    return f(torch.tensor([[1.0]]), gate, size, torch.tensor([[0.0, 0.0, 4.0]]), 2, training)
-
-
-def _noise_slope(f: Any) -> tuple[Tensor, Tensor]:
-    gate, size = randn(6, 4, seed=1).requires_grad_(), randn(6, 4, seed=2).requires_grad_()
-    (f(randn(12, 4), gate, size, randn(12, 6, seed=3), 2, True) * randn(12, 6, seed=4)).sum().backward()
-    return tuple(torch.zeros(6, 4) if w.grad is None else w.grad for w in (gate, size))
-
-
-NOISE = Exercise(
+Z = Exercise(
     id="5.1.e",
-    symbol="noisy_gates",
-    reference=noisy_gates,
-    look_again="Where to go next",
+    symbol="z_loss",
+    reference=z_loss,
+    look_again="The z-loss, which is for something else",
     probes=[
-        Probe("shape", lambda f: _noisy(f), same_shape),
+        Probe("one number", lambda f: f(randn(5, 4)), same_shape),
         Probe(
-            "by hand, without noise", lambda f: _by_hand(f, False), equals(), given="scores 2, 1, 0, K = 2"
-        ),
-        Probe(
-            "by hand, with noise",
-            lambda f: _by_hand(f, True),
+            "two tokens, by hand",
+            lambda f: f(torch.tensor([[1.0, 1.0], [0.0, 0.0]]) - torch.tensor(2.0).log()),
             equals(),
-            given="scores 2, 1, 0; noise 0, 0, 4, each of size softplus(0) = 0.69",
+            given="the exponentials sum to e and to 1: (1² + 0²) / 2",
         ),
-        Probe("equals the reference", lambda f: (_noisy(f), _noisy(f, 3), _noisy(f, 1)), equals()),
-        Probe("equals the reference, not training", lambda f: _noisy(f, training=False), equals()),
-        Probe("gradients of both weights", _noise_slope, equals()),
+        Probe("equals the reference", lambda f: f(3 * randn(20, 6, seed=1)), equals()),
+        Probe("scores of a thousand", lambda f: f(1000 + randn(4, 3, seed=2)), equals(1.0)),
+        Probe("scores of minus a thousand", lambda f: f(-1000 + randn(4, 3, seed=2)), equals(1.0)),
     ],
     misconceptions=[
-        noise_when_it_is_not_training,
-        noise_of_one_size,
-        a_size_that_may_be_negative,
-        softmax_before_the_choice,
-        zero_in_place_of_minus_infinity,
-        weights_without_the_noise,
+        exponentials_that_overflow,
+        not_squared,
+        the_square_of_the_mean,
+        the_squares_of_the_scores,
+        over_the_tokens,
+        a_sum_and_no_mean,
     ],
 )
 
-EXERCISES = [BALANCE, ROUTE, PADDING, BIAS, NOISE]
+EXERCISES = [BALANCE, ROUTE, PADDING, THERMOSTAT, Z]
