@@ -101,6 +101,9 @@ def _two_tokens() -> tuple[Tensor, Tensor]:
 BALANCE = Exercise(
     id="5.1.a",
     symbol="balancing_loss",
+    equivalent_mutants={
+        "`-1` became `1`": "of a matrix, the last dimension is dimension 1",
+    },
     reference=balancing_loss,
     look_again="The auxiliary loss",
     probes=[
@@ -162,16 +165,11 @@ def as_it_was_given(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return experts, best.softmax(-1)
 
 
-def softmax_after_the_choice(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The scores are in fp32 now, but the softmax still goes over the chosen alone: with k = 1 the weight is always 1."""
+def the_only_weight_is_always_one(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """With k = 1 the weight is 1 for every token, and has no gradient: a softmax over one score is 1, and so is a
+    probability divided by itself. Take the softmax over all experts, and divide only if k > 1."""
     best, experts = (x.float() @ weight.float().T).topk(k)
     return experts, best.softmax(-1)
-
-
-def always_divided_by_their_sum(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """You divide by the sum for k = 1, too: p / p is 1, and the gradient is gone again."""
-    weights, experts = _probabilities(x, weight).topk(k)
-    return experts, weights / weights.sum(-1, keepdim=True)
 
 
 def never_divided_by_their_sum(x: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -222,26 +220,29 @@ def _in_bf16(f: Any) -> tuple[Tensor, Tensor]:
 ROUTE = Exercise(
     id="5.1.b",
     symbol="route",
+    equivalent_mutants={
+        "`-1` became `1`": "of a matrix, the last dimension is dimension 1",
+        "`probs.topk(k, dim=-1)` became `probs.topk(k)`": "the last dimension is the default",
+    },
     reference=route,
     look_again="A router is a linear layer and a top-k",
     probes=[
         Probe("shapes and types", lambda f: f(*_tokens(), 2), same_shape),
+        Probe("weights, k = 2", lambda f: f(*_tokens(), 2), equals()),
+        Probe("tokens in bf16 are scored in fp32", _in_bf16, equals(1e-6)),
         Probe(
             "two tokens, by hand, k = 1",
             lambda f: f(torch.eye(2), torch.tensor([[3.0, 0.0], [1.0, 0.0]]).log().nan_to_num(neginf=0.0), 1),
             equals(),
             given="scores log 3 and log 1, so p = (¾, ¼), for the first token",
         ),
-        Probe("weights, k = 2", lambda f: f(*_tokens(), 2), equals()),
         Probe("weights, k = 1", lambda f: f(*_tokens(seed=1), 1), equals()),
         Probe("the router's gradient, k = 1", lambda f: _router_gradient(f, 1), equals(1e-6)),
         Probe("the router's gradient, k = 2", lambda f: _router_gradient(f, 2), equals(1e-6)),
-        Probe("tokens in bf16 are scored in fp32", _in_bf16, equals(1e-6)),
     ],
     misconceptions=[
         as_it_was_given,
-        softmax_after_the_choice,
-        always_divided_by_their_sum,
+        the_only_weight_is_always_one,
         never_divided_by_their_sum,
         rounded_before_it_was_widened,
         a_sigmoid_for_each,
@@ -327,6 +328,9 @@ def _padding_gradient(f: Any) -> Tensor:
 PADDING = Exercise(
     id="5.1.c",
     symbol="load_and_loss",
+    equivalent_mutants={
+        "`-1` became `1`": "of a matrix, the last dimension is dimension 1",
+    },
     reference=load_and_loss,
     look_again="What goes wrong",
     probes=[
@@ -473,6 +477,12 @@ def _weights_gradient(cls: Any) -> Tensor:
 THERMOSTAT = Exercise(
     id="5.1.d",
     symbol="BalanceBias",
+    equivalent_mutants={
+        "`-1` became `1`": "of a matrix, the last dimension is dimension 1",
+        "`(probs.detach() + self.bias).topk(k, dim=-1)` became `(probs.detach() + self.bias).topk(k)`": "the last dimension is "
+        "the default",
+        "`probs.detach()` became `probs`": "indices carry no gradient",
+    },
     reference=_BalanceBias,
     look_again="The way without a loss",
     probes=[
@@ -562,6 +572,9 @@ def a_sum_and_no_mean(logits: Tensor) -> Tensor:
 Z = Exercise(
     id="5.1.e",
     symbol="z_loss",
+    equivalent_mutants={
+        "`-1` became `1`": "of a matrix, the last dimension is dimension 1",
+    },
     reference=z_loss,
     look_again="The z-loss, which is for something else",
     probes=[
