@@ -1,3 +1,5 @@
+# Exported from chapters/part_5_moe/5_1_routing_and_load_balancing.ipynb.
+# Edit the lesson, then run: make export
 """How evenly experts are used, and what pushes a router towards evenness.
 
 Letters: N tokens · E experts · K experts of a token. `real` says which tokens count: bool `(N,)`, all when None. Padding does

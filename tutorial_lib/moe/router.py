@@ -1,3 +1,5 @@
+# Exported from chapters/part_5_moe/5_1_routing_and_load_balancing.ipynb.
+# Edit the lesson, then run: make export
 """A router: a linear layer and a top-k say which experts work on a token, and how much each has to say.
 
 Letters: N tokens (all rows together) · D model width · E experts · K experts of a token.

@@ -1,3 +1,5 @@
+# Exported from chapters/part_5_moe/5_1_routing_and_load_balancing.ipynb.
+# Edit the lesson, then run: make export
 """Training a model with experts: an objective that keeps them busy, and a bias that does it without a loss."""
 
 import torch
