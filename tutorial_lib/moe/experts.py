@@ -102,11 +102,11 @@ class Move(torch.autograd.Function):
         """`(R / K, D)`, and two orders `(R,)` that undo each other, to `(R, D)`."""
         ctx.save_for_backward(back)
         ctx.K = K
-        return x[index if K == 1 else index // K]
+        return x.index_select(0, index if K == 1 else index // K)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient's rows, put back and added up."""
         (back,) = ctx.saved_tensors
-        rows = grad[back]
+        rows = grad.index_select(0, back)
         return rows if ctx.K == 1 else rows.unflatten(0, (-1, ctx.K)).sum(dim=1), None, None, None
