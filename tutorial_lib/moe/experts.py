@@ -1,3 +1,4 @@
+# Exported from chapters/part_5_moe/5_2_moe_layer.ipynb. Edit the lesson, then run: make export
 """All experts of a layer as stacks of matrices, and each token sent to its own: sorted, multiplied, put back.
 
 Letters: N tokens · D model width · M width inside an expert · E experts · K experts of a token · R = N·K rows, one for each
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 
 from tutorial_lib.core.mlp import ACTIVATIONS
 
-__all__ = ["Experts", "Move", "sort_by_expert"]
+__all__ = ["sort_by_expert", "Experts", "Move"]
+
+
+def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
+    """For choices `(N, K)`: the order `(R,)` that sorts them all by expert, and the one that undoes it."""
+    order = experts.flatten().argsort(stable=True)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return order, back
 
 
 class Experts(nn.Module):
@@ -26,12 +35,17 @@ class Experts(nn.Module):
         d_expert: M.
         activation: A name from `ACTIVATIONS`.
         gated: Whether there is a gate, as in SwiGLU.
+
+    Raises:
+        ValueError: if `ACTIVATIONS` has no such name.
     """
 
     def __init__(
         self, n_experts: int, d_model: int, d_expert: int, activation: str = "silu", gated: bool = True
     ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[activation]
 
         def stack(rows: int, columns: int) -> nn.Parameter:
@@ -47,7 +61,10 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, stacks = x.to(dtype), [w.to(dtype) if isinstance(w, Tensor) else w for w in stacks]
-        if x.is_cuda and x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        aligned = all(
+            width % 8 == 0 for width in self.up.shape[1:]
+        )  # the kernel wants rows of whole 16 bytes
+        if x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
             # One kernel for all, which reads the sizes where they are: the processor need not wait for them.
             ends = sizes.cumsum(0, dtype=torch.int32)
             return self._feed(x, stacks, lambda rows, weight: F.grouped_mm(rows, weight[:].mT, offs=ends))
@@ -85,19 +102,11 @@ class Move(torch.autograd.Function):
         """`(R / K, D)`, and two orders `(R,)` that undo each other, to `(R, D)`."""
         ctx.save_for_backward(back)
         ctx.K = K
-        return x[index if K == 1 else index // K]
+        return x.index_select(0, index if K == 1 else index // K)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient's rows, put back and added up."""
         (back,) = ctx.saved_tensors
-        rows = grad[back]
+        rows = grad.index_select(0, back)
         return rows if ctx.K == 1 else rows.unflatten(0, (-1, ctx.K)).sum(dim=1), None, None, None
-
-
-def sort_by_expert(experts: Tensor) -> tuple[Tensor, Tensor]:
-    """For choices `(N, K)`: the order `(R,)` that sorts them all by expert, and the one that undoes it."""
-    order = experts.flatten().argsort(stable=True)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return order, back
