@@ -1,3 +1,4 @@
+# Exported from chapters/part_5_moe/5_3_hybrid_dense_moe.ipynb. Edit the lesson, then run: make export
 """A Transformer with experts: which of its layers have them, how many, and what keeps them busy."""
 
 from dataclasses import dataclass
