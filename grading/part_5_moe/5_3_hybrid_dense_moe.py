@@ -703,7 +703,7 @@ COUNT = Exercise(
     ],
     misconceptions=[
         Misconception(
-            "the first layer has experts, and then every so-manieth",
+            "the first layer has experts, and one in so many after it",
             _EveryOtherFromZero(),
             "You asked whether i is a multiple of moe_every; asked for is i + 1, so that with 2 it is the second layer, "
             "the fourth, and so on.",
