@@ -1,3 +1,4 @@
+# Exported from chapters/part_5_moe/5_3_hybrid_dense_moe.ipynb. Edit the lesson, then run: make export
 """Room for so many tokens in each expert, and none for the rest: what shapes that are known beforehand cost.
 
 Letters: N tokens · D model width · E experts · K experts of a token · C capacity.

@@ -1,3 +1,4 @@
+# Exported from chapters/part_5_moe/5_3_hybrid_dense_moe.ipynb. Edit the lesson, then run: make export
 """A layer of experts in an MLP's place: route, send, multiply, bring back.
 
 Letters: B batch · T time · N = B·T tokens · D model width · E experts · K experts of a token.

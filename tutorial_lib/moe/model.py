@@ -1,3 +1,4 @@
+# Exported from chapters/part_5_moe/5_3_hybrid_dense_moe.ipynb. Edit the lesson, then run: make export
 """A Transformer with experts: which of its layers have them, how many, and what keeps them busy."""
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class MoEConfig(ModelConfig):
     renormalize: bool = True
     """Whether the weights of a token's experts are divided by their sum (Mixtral; Qwen3 calls it norm_topk_prob)."""
     moe_every: int = 1
-    """Every so-manieth layer has experts: with 2, the second, the fourth, …"""
+    """One layer in so many has experts: with 2, the second, the fourth, …"""
     dense_first: int = 0
     """So many first layers have none in any case (DeepSeek-V3: 3)."""
     capacity_factor: float | None = None

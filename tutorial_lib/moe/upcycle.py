@@ -1,3 +1,4 @@
+# Exported from chapters/part_5_moe/5_3_hybrid_dense_moe.ipynb. Edit the lesson, then run: make export
 """Sparse upcycling: a dense model's MLPs become experts, and at first nothing changes (Komatsuzaki et al. 2023)."""
 
 from dataclasses import asdict
