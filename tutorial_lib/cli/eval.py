@@ -15,6 +15,7 @@ from tutorial_lib.cli.common import run_alone, sentences, speak
 from tutorial_lib.cli.models import Device, Dtype, Model, named, open_model
 from tutorial_lib.data.corpora import CORPORA
 from tutorial_lib.eval.perplexity import evaluate as measure
+from tutorial_lib.eval.right_answers import ask, held_out_problems, score_by_task
 from tutorial_lib.interop.pretrained import Pretrained
 from tutorial_lib.interop.tokenizers import same_tokenizer
 from tutorial_lib.runs.parts import pick_precision
@@ -77,13 +78,22 @@ def evaluate(
     device: Device = None,
     amp: Annotated[bool, typer.Option("--amp/--no-amp", help="Mixed precision.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    problems: Annotated[
+        int | None,
+        typer.Option(help="Ask so many held-out problems of each task instead, and count the right answers."),
+    ] = None,
 ) -> None:
     """Evaluate a model: llm-scratch eval --ckpt runs/base/latest.ckpt --split val, or --model smollm2
 
     Every token is predicted once, in windows that do not overlap (after BOS, if all its texts began so). Loss and
     perplexity are per token, and mean nothing beside another tokenizer's; bits per byte and byte perplexity do.
+
+    A model that was taught to answer: llm-scratch eval --ckpt runs/sft/best.ckpt --problems 100
     """
     with sentences():
+        if problems is not None:
+            _problems(open_model(model, dtype, device), problems, named(model), as_json)
+            return
         found = open_model(model, dtype, device, write=False)
         source = source_of(found, data)
         tokens = source.part(split)
@@ -120,6 +130,21 @@ def evaluate(
         if max_windows is not None:
             speak(f"{score.tokens:,} of {len(tokens):,} tokens")
         _show(result, T)
+
+
+def _problems(found: Pretrained, n: int, name: str, as_json: bool) -> None:
+    if n < 1:
+        raise ValueError(f"--problems is {n}, but must be at least 1")
+    asked = held_out_problems(n)
+    scores = score_by_task(asked, [*ask(found, [problem.prompt for problem in asked])])
+    if as_json:
+        tasks = {task: {"n": one.n, "right": one.right, "error": one.error} for task, one in scores.items()}
+        print(json.dumps({"ckpt": name, "tasks": tasks}))
+        return
+    print("right answers to held-out problems, ± a standard error")
+    for task, one in scores.items():
+        print(f"  {task:10} {one.share:7.1%} ± {one.error:.1%}  ({one.right} of {one.n})")
+    print(f"  {'mean':10} {sum(one.share for one in scores.values()) / len(scores):7.1%}")
 
 
 def _window(found: Pretrained, asked: int | None, starts: int) -> int:

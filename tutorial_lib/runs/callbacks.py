@@ -193,12 +193,21 @@ def write_on(
     context: int | None = None,
     through: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> str:
-    """The prompt (a text, or its ids) and the `n` tokens that the model writes after it, from the same random numbers at every call."""
+    """The prompt and the `n` tokens that the model writes after it, from the same random numbers at every call.
+
+    Args:
+        prompt: A text to go on with; or the ids of a question, whose answer ends at the tokenizer's end token.
+    """
     device = next(model.parameters()).device
     start = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     ids = torch.tensor([start], device=device)
     how = {"temperature": 0.8, "top_p": 0.95, "generator": torch.Generator(device).manual_seed(0)}
-    new = [int(token) for token in through(generate(model, ids, n, context, **how))]
+    ends = None if isinstance(prompt, str) else tokenizer.eos_id
+    new: list[int] = []
+    for token in through(generate(model, ids, n, context, **how)):
+        new.append(int(token))
+        if new[-1] == ends:
+            break
     known = tokenizer.vocab_size  # a model may have more rows than its tokenizer has tokens
     return tokenizer.decode([*ids[0].tolist(), *(token for token in new if token < known)])
 
