@@ -42,7 +42,7 @@ NOT_RUN = {
     "make update FROM=https://github.com/ahmad-wincode/llm-from-scratch": "from the network; run without FROM",
 }
 ENDS_WITH = {"make check-chapter 1": 2}  # exercises are left to do
-TINY = {"steps": 2, "batch_size": 2, "seq_len": 16, "eval_windows": 2, "eval_every": 2, "save_every": 2}
+TINY = {"steps": 2, "batch_size": 2, "seq_len": 32, "eval_windows": 2, "eval_every": 2, "save_every": 2}
 TINY |= {"warmup_steps": 1}
 
 
@@ -62,10 +62,13 @@ def chosen(start: str) -> list[str]:
 def small(command: str) -> list[str]:
     """The command's words, with less to do; steps are 3 where a run goes on."""
     words = shlex.split(command.replace("8192", "300"))[1:]
-    if words[0] == "train" and "--dry-run" not in words:
+    if words[0] in ("train", "sft") and "--dry-run" not in words:
         tiny = TINY | ({"steps": 3} if "--resume" in words else {})
         words = [word for word in words if word.partition("=")[0].removeprefix("train.") not in tiny]
         words += [f"train.{key}={value}" for key, value in tiny.items()]
+        words += ["sft.n_problems=40"] if words[0] == "sft" else []
+    elif "--problems" in words:
+        words[words.index("--problems") + 1] = "1"
     elif words[0] == "eval":
         words = [*words, "--max-windows", "1"]
     elif words[0] in ("generate", "chat"):
@@ -101,6 +104,8 @@ def clone(tmp_path_factory) -> Path:
     clone = make_clone(make_course(home / "course"), home / "clone")
     (clone / "my").mkdir()
     (clone / "my/plays.txt").write_bytes(load_text("shakespeare")[:60_000])
+    talks = [{"prompt": f"Say {i}", "completion": str(i)} for i in range(60)]
+    (clone / "my/talks.jsonl").write_text("\n".join(map(json.dumps, talks)), encoding="utf-8")
     return clone
 
 
@@ -132,7 +137,7 @@ def test_commands_of_a_run_of_ones_own(clone: Path):
     assert len(mine) >= 8
     out = run_small(clone, mine)
     assert "going on from runs/tiny/step_00000002.ckpt" in out and "124" in out
-    names = ("tiny", "mine", "bpe", "moe", "grown")
+    names = ("tiny", "mine", "bpe", "moe", "grown", "sft", "talks", "moe_sft")
     assert all((clone / "runs" / name / "latest.ckpt").is_file() for name in names)
 
 
