@@ -12,6 +12,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from tests.train.test_distributed import ROOT, largest_difference, launch, needs_gloo
 from tutorial_lib.cli.main import app
 from tutorial_lib.core.model import ModelConfig, Transformer
 from tutorial_lib.eval.right_answers import ask, held_out_problems, score_by_task
@@ -205,13 +206,25 @@ def test_held_out_problems_are_all_different_and_scored_by_task():
     )
 
 
+@needs_gloo
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "pack"), [("ddp", "true"), ("fsdp", "false")])
+def test_two_processes_learn_what_one_learns(home, how, pack):
+    """Their batches hold other numbers of learned tokens, and padded ones are of other lengths."""
+    path = config_file(home, model=SHAPE | {"vocab_size": 260}, train={"init_from": None, "batch_size": 8})
+    more = (f"train.parallel={how}", f"sft.pack={pack}")
+    command("sft", "--config", path, "log.name=one", *more)
+    launch("-m", "tutorial_lib.cli.sft", "--config", str(path), "log.name=two", *more)
+    one, two = (load_tree(home / f"runs/{name}/latest.ckpt")[0]["model"] for name in ("one", "two"))
+    assert largest_difference(one, two) < 1e-5
+
+
 @pytest.mark.slow
 def test_the_shipped_configuration_teaches_what_it_promises(home):
     """A model that has never read a text learns the easiest tasks in two minutes of one core; the world's floor is 0."""
     shape = {"d_model": 64, "n_heads": 4, "n_layers": 2, "d_mlp": 176, "max_seq_len": 128, "qk_norm": True}
-    root = Path(__file__).resolve().parents[2]
     settings = load_config(
-        root / "configs/sft.yaml",
+        ROOT / "configs/sft.yaml",
         ["train.steps=400", "train.max_seconds=null", "train.batch_size=16"],
         SFTConfig,
     )
