@@ -10,6 +10,7 @@ from itertools import islice
 from tutorial_lib.data.problems import TASKS, Problem, draw, is_right
 from tutorial_lib.interop.pretrained import Pretrained
 from tutorial_lib.serve.respond import Request, complete
+from tutorial_lib.sft.examples import begin_with
 
 __all__ = ["Score", "ask", "held_out_problems", "score_by_task"]
 
@@ -57,8 +58,7 @@ def ask(
         requests = []
         for question in questions[start : start + at_once]:
             ids = found.template.encode(found.tokenizer, [{"role": "user", "content": question}])
-            if found.starts and ids[: len(found.starts)] != found.starts:
-                ids = [*found.starts, *ids]
+            ids = begin_with(found.starts, ids)
             requests.append(
                 Request(ids, max_new_tokens, temperature=0.0, stop_ids=found.stop_ids, stop=found.stop)
             )

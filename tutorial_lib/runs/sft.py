@@ -30,7 +30,7 @@ from tutorial_lib.runs.settings import DataTable, new_model
 from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
 from tutorial_lib.sft.batches import PackedRows, PaddedRows
 from tutorial_lib.sft.chat_format import CHAT, grow_vocabulary, with_roles
-from tutorial_lib.sft.examples import Example, cut_to, encode_example
+from tutorial_lib.sft.examples import Example, begin_with, cut_to, encode_example
 from tutorial_lib.sft.objective import Answers
 from tutorial_lib.tools.expect import expect
 from tutorial_lib.tools.seeds import derive_seed
@@ -83,7 +83,8 @@ class Speaker:
 
     def ask(self, question: str) -> list[int]:
         """A question in ids, with what announces the answer."""
-        return [*self.starts, *self.template.encode(self.tokenizer, [{"role": "user", "content": question}])]
+        ids = self.template.encode(self.tokenizer, [{"role": "user", "content": question}])
+        return begin_with(self.starts, ids)
 
 
 class Learned:
@@ -93,6 +94,10 @@ class Learned:
         if not examples:
             raise ConfigError(f"data: there is no conversation to {what}")
         self.examples, self.what = examples, what
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(json.dumps([example.ids, example.learned]).encode())
+        self.digest = digest.hexdigest()
         self.rows = PackedRows(examples, seq_len) if pack else PaddedRows(examples)
 
     def batches(self, rows: int) -> Iterator[tuple[Tensor, ...]]:
@@ -102,10 +107,7 @@ class Learned:
 
     def state_dict(self) -> dict[str, Any]:
         """Which examples these are."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(json.dumps([example.ids, example.learned]).encode())
-        return {"examples": digest.hexdigest()}
+        return {"examples": self.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """A ValueError if the run began with others."""
@@ -125,6 +127,7 @@ def _prepare(config: SFTConfig, start: Start) -> Work:
     train = config.train
     speaker = _speaker(config, start)
     learn, measure = _conversations(config)
+    start.tell(f"{len(learn) + len(measure):,} conversations are written down as the model reads them")
     examples = [
         _encode(speaker, conversations, train.seq_len, what, start.tell)
         for conversations, what in ((learn, "learn from"), (measure, "validate on"))

@@ -66,12 +66,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def begin(self) -> None:
         """Count from nothing."""
-        self.made, self.end = 0, time.process_time() + SECONDS
+        self.made, self.looks, self.end = 0, 0, time.process_time() + SECONDS
 
     def watch(self, value: Any) -> Any:
         """What a template has made goes through here."""
-        self.made += _size(value)
-        if self.made > MOST or time.process_time() > self.end:
+        self.made += (size := _size(value))
+        self.looks += 1
+        # To look at the clock costs more than most of what is watched: every 16th time, and whenever much was made.
+        late = (self.looks % 16 == 0 or size > 1024) and time.process_time() > self.end
+        if self.made > MOST or late:
             raise TemplateProblem("the chat template takes more time or memory than a chat needs")
         return value
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.serve.template import ChatTemplate, Message, TemplateProblem
 
-__all__ = ["Example", "cut_to", "encode_example"]
+__all__ = ["Example", "begin_with", "cut_to", "encode_example"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def encode_example(
         if message["role"] != "assistant":
             continue
         before = template.encode(tokenizer, messages[:turn], answer_next=True)
-        after = template.encode(tokenizer, messages[: turn + 1], answer_next=False)
+        whole = turn + 1 == len(messages)
+        after = ids if whole else template.encode(tokenizer, messages[: turn + 1], answer_next=False)
         if ids[: len(after)] != after or after[: len(before)] != before:
             raise TemplateProblem(
                 f"the chat template writes turn {turn + 1} differently when more was said (or announces an answer that it "
@@ -61,9 +62,13 @@ def encode_example(
         ends = [at + 1 for at in range(len(before), len(after)) if after[at] in specials]
         end = ends[-1] if ends else len(after)
         learned[len(before) : end] = [True] * (end - len(before))
-    if starts and ids[: len(starts)] != list(starts):  # BOS once, and not twice
-        ids, learned = [*starts, *ids], [False] * len(starts) + learned
-    return Example(tuple(ids), tuple(learned))
+    whole = begin_with(starts, ids)
+    return Example(tuple(whole), tuple([False] * (len(whole) - len(ids)) + learned))
+
+
+def begin_with(starts: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """The ids after what the model knows before every text; BOS once, and not twice, where the template writes it."""
+    return list(ids) if list(ids[: len(starts)]) == list(starts) else [*starts, *ids]
 
 
 def cut_to(example: Example, length: int) -> Example:
