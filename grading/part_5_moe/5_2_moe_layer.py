@@ -228,6 +228,20 @@ def the_tokens_by_remainder(rows: Tensor, order: Tensor, weights: Tensor) -> Ten
     return torch.zeros(N, rows.shape[1]).index_add(0, order % max(N, 1), weighted).to(rows.dtype)
 
 
+def weights_sorted_the_other_way(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """The weights went through the order that undoes the sorting. They are to follow the rows: `weights.flatten()[order]`."""
+    N, K = weights.shape
+    weighted = rows.float() * weights.flatten()[order.argsort(), None].float()
+    return torch.zeros(N, rows.shape[1]).index_add(0, order // K, weighted).to(rows.dtype)
+
+
+def the_order_once_more(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """You fetch the rows home with the order that sent them out. What undoes a permutation is its inverse, and the two are
+    often equal for a handful of tokens."""
+    home = rows.float()[order].unflatten(0, weights.shape)
+    return (home * weights[..., None].float()).sum(dim=1).to(rows.dtype)
+
+
 def a_mean_over_the_experts(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """The weighted answers are averaged over K. The weights have done that already: add them up."""
     return combine(rows, order, weights / weights.shape[1])
@@ -282,6 +296,8 @@ COMBINE = Exercise(
         added_up_in_few_bits,
         left_in_fp32,
         the_tokens_by_remainder,
+        weights_sorted_the_other_way,
+        the_order_once_more,
         a_mean_over_the_experts,
     ],
 )
