@@ -61,9 +61,8 @@ class Experts(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, stacks = x.to(dtype), [w.to(dtype) if isinstance(w, Tensor) else w for w in stacks]
-        aligned = all(
-            width % 8 == 0 for width in self.up.shape[1:]
-        )  # the kernel wants rows of whole 16 bytes
+        # The kernel wants rows of whole 16 bytes.
+        aligned = all(width % 8 == 0 for width in self.up.shape[1:])
         if x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
             # One kernel for all, which reads the sizes where they are: the processor need not wait for them.
             ends = sizes.cumsum(0, dtype=torch.int32)
