@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tutorial_lib.data.tokenize import ByteTokenizer
 from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
-from tutorial_lib.sft.chat_format import CHAT, END, ROLE_TOKENS, end_ids, with_roles
+from tutorial_lib.sft.chat_format import CHAT, END, ROLE_TOKENS, with_roles
 from tutorial_lib.sft.examples import Example, cut_to, encode_example
 
 TOKENIZER = with_roles(ByteTokenizer())
@@ -88,15 +88,18 @@ def test_names_of_specials_in_a_message_stay_text():
 def test_without_a_special_for_the_end_all_that_was_said_is_learned():
     example = encode_example(ChatTemplate(PLAIN), ByteTokenizer(), conversation("hi", "you"))
     assert bytes(i for i, one in zip(example.ids, example.learned, strict=True) if one).strip() == b"you"
-    assert not end_ids(ChatTemplate(PLAIN), ByteTokenizer())
 
 
-def test_bos_stands_once():
-    starts = [TOKENIZER.specials["<|system|>"]]
-    twice = encode_example(TEMPLATE, TOKENIZER, conversation("a", "b", system="s"), starts)
-    assert twice.ids.count(starts[0]) == 1
-    once = encode_example(TEMPLATE, TOKENIZER, conversation("a", "b"), starts)
-    assert once.ids[0] == starts[0] and not once.learned[0] and len(once.learned) == len(once.ids)
+def test_a_model_that_knows_bos_gets_it_once_before_everything():
+    """The format writes it, so that whoever asks (chat, eval, transformers) has what was learned."""
+    from tutorial_lib.data.adapters import HuggingFaceTokenizer, as_huggingface
+
+    base = HuggingFaceTokenizer(as_huggingface(ByteTokenizer(["<s>"])).tokenizer, bos="<s>")
+    tokenizer = with_roles(base)
+    assert tokenizer.bos == "<s>"
+    example = encode_example(ChatTemplate(CHAT, {"bos_token": "<s>"}), tokenizer, conversation("a", "b"))
+    assert tokenizer.decode(example.ids) == "<s><|user|>a<|end|><|assistant|>b<|end|>"
+    assert example.ids.count(tokenizer.specials["<s>"]) == 1 and not example.learned[0]
 
 
 def test_a_template_that_changes_what_was_said_is_refused():
@@ -128,7 +131,6 @@ def test_the_roles_come_after_all_other_tokens_and_change_none():
     assert TOKENIZER.eos_id == 259 and TOKENIZER.vocab_size == 260
     assert TOKENIZER.encode("né<|end|>") == ByteTokenizer().encode("né<|end|>")
     assert TOKENIZER.decode(range(97, 100)) == "abc"
-    assert end_ids(TEMPLATE, TOKENIZER) == {259}
 
 
 def test_a_tokenizer_with_specials_of_its_own_keeps_them():

@@ -92,6 +92,10 @@ def evaluate(
     """
     with sentences():
         if problems is not None:
+            if (data, seq_len, max_windows) != (None, None, None):
+                raise ValueError(
+                    "--problems asks questions: --data, --seq-len and --max-windows are for a text"
+                )
             _problems(open_model(model, dtype, device), problems, named(model), as_json)
             return
         found = open_model(model, dtype, device, write=False)

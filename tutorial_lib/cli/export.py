@@ -14,7 +14,6 @@ from tutorial_lib.interop.gguf import FORMATS, save_gguf
 from tutorial_lib.interop.hf import save_hf
 from tutorial_lib.interop.pretrained import DTYPES
 from tutorial_lib.moe.model import MoETransformer
-from tutorial_lib.serve.template import PLAIN
 
 __all__ = ["export"]
 
@@ -48,7 +47,7 @@ def export(
             raise ValueError(
                 f"a {name} has no public format: only the Transformers of lessons 3.6 and 5.3 have"
             )
-        template = None if found.template.source == PLAIN else found.template.source
+        template = found.template.source if found.chats else None
         if to_gguf:
             save_gguf(found.model, out, found.tokenizer, kind, out.stem, template)
         else:

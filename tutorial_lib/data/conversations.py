@@ -15,9 +15,12 @@ from typing import Any
 from tutorial_lib.data.corpora import files_of
 from tutorial_lib.data.problems import draw
 
-__all__ = ["PROBLEMS", "ROLES", "Conversation", "load_conversations", "parse_conversation"]
+__all__ = ["PROBLEMS", "ROLES", "Conversation", "Message", "load_conversations", "parse_conversation"]
 
-Conversation = list[dict[str, str]]
+Message = dict[str, str]
+"""`{"role": "user", "content": "Hello"}`"""
+
+Conversation = list[Message]
 """`[{"role": "user", "content": …}, {"role": "assistant", "content": …}]`"""
 
 ROLES = ("system", "user", "assistant")

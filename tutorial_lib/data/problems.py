@@ -10,7 +10,6 @@ the held-out side cannot have been learned by heart.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import random
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tutorial_lib.data.corpora import load_text
+from tutorial_lib.data.splits import key_fraction
 
 __all__ = [
     "HELD_OUT",
@@ -83,10 +83,9 @@ class Task:
     """Which of the operands, as a text, say whether a problem is held out."""
 
 
-def is_held_out(operands: str, share: float = HELD_OUT) -> bool:
+def is_held_out(operands: str) -> bool:
     """Whether problems with these operands are for measuring alone: the same on every machine, with every seed."""
-    first = int.from_bytes(hashlib.sha256(operands.encode()).digest()[:4], "big")
-    return first < share * 2**32
+    return key_fraction(operands, salt="problems") < HELD_OUT
 
 
 def _number(rng: random.Random, digits: int) -> int:

@@ -10,7 +10,6 @@ from itertools import islice
 from tutorial_lib.data.problems import TASKS, Problem, draw, is_right
 from tutorial_lib.interop.pretrained import Pretrained
 from tutorial_lib.serve.respond import Request, complete
-from tutorial_lib.sft.examples import begin_with
 
 __all__ = ["Score", "ask", "held_out_problems", "score_by_task"]
 
@@ -58,7 +57,6 @@ def ask(
         requests = []
         for question in questions[start : start + at_once]:
             ids = found.template.encode(found.tokenizer, [{"role": "user", "content": question}])
-            ids = begin_with(found.starts, ids)
             requests.append(
                 Request(ids, max_new_tokens, temperature=0.0, stop_ids=found.stop_ids, stop=found.stop)
             )

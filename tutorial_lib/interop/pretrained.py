@@ -58,6 +58,11 @@ class Pretrained:
     """Where it was found."""
 
     @property
+    def chats(self) -> bool:
+        """Whether it was taught to: it has a template of its own."""
+        return self.template.source != PLAIN
+
+    @property
     def starts(self) -> list[int]:
         """What stood before every text that the model was trained on: BOS, with Llama and Mistral."""
         return self.tokenizer.starts if isinstance(self.tokenizer, HuggingFaceTokenizer) else []

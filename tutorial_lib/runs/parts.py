@@ -26,7 +26,7 @@ from tutorial_lib.train.recompute import recompute_blocks
 from tutorial_lib.train.schedules import SCHEDULES
 from tutorial_lib.train.trainer import Trainer
 
-__all__ = ["make_trainer", "pick_precision", "rows_at_once", "with_balance"]
+__all__ = ["described", "make_trainer", "pick_precision", "rows_at_once", "with_balance"]
 
 
 def pick_precision(amp: bool | str, device: torch.device) -> Precision:
@@ -44,6 +44,12 @@ def pick_precision(amp: bool | str, device: torch.device) -> Precision:
             f"train.amp is {amp}, but this CPU does not compute in it: use false, or true for the best"
         )
     return Precision(device, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+
+
+def described(model: nn.Module, device: torch.device, precision: Precision) -> str:
+    """What is trained, where and in what: the beginning of a run's first sentence."""
+    size = sum(p.numel() for p in model.parameters())
+    return f"{size:,} parameters on {device.type} × {world_size()} in {str(precision.dtype)[6:]}"
 
 
 def rows_at_once(train: TrainTable) -> int:

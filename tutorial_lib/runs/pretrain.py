@@ -13,7 +13,7 @@ from tutorial_lib.eval.perplexity import spread_batches
 from tutorial_lib.interop.checkpoint import model_header
 from tutorial_lib.runs.config import Config
 from tutorial_lib.runs.inputs import in_a_file, open_text, pretrained, save_tokenizer
-from tutorial_lib.runs.parts import make_trainer, pick_precision, rows_at_once, with_balance
+from tutorial_lib.runs.parts import described, make_trainer, pick_precision, rows_at_once, with_balance
 from tutorial_lib.runs.run import Outcome, Start, Work, carry_out
 from tutorial_lib.runs.settings import new_model
 from tutorial_lib.runs.source import check_fits
@@ -40,9 +40,8 @@ def _prepare(config: Config, start: Start) -> Work:
     torch.manual_seed(train.seed)  # the same weights on every process
     model = new_model(config) if begin_with is None else begin_with.model.train()
     model = model.to(start.device)
-    size, where = sum(p.numel() for p in model.parameters()), f"{start.device.type} × {world_size()}"
     start.tell(
-        f"{size:,} parameters on {where} in {str(precision.dtype)[6:]}; "
+        f"{described(model, start.device, precision)}; "
         + (f"{len(source.train):,} tokens to train on, " if source.train is not None else "")
         + f"{len(source.val):,} to validate on"
     )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,23 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tutorial_lib.data.adapters import as_huggingface
+from tutorial_lib.data.adapters import HuggingFaceTokenizer, as_huggingface
 from tutorial_lib.data.conversations import PROBLEMS, Conversation, load_conversations
-from tutorial_lib.data.problems import is_held_out
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.data.shuffle import ShuffledBatches
+from tutorial_lib.data.splits import split_by_hash
 from tutorial_lib.eval.held_out import held_out
 from tutorial_lib.interop.checkpoint import model_header
 from tutorial_lib.interop.tokenizers import load_tokenizer
 from tutorial_lib.runs.config import Config, ConfigError
 from tutorial_lib.runs.inputs import pretrained
-from tutorial_lib.runs.parts import make_trainer, pick_precision, rows_at_once, with_balance
+from tutorial_lib.runs.parts import described, make_trainer, pick_precision, rows_at_once, with_balance
 from tutorial_lib.runs.run import Outcome, Start, Work, carry_out
 from tutorial_lib.runs.settings import DataTable, new_model
-from tutorial_lib.serve.template import PLAIN, ChatTemplate, TemplateProblem
+from tutorial_lib.serve.template import ChatTemplate, TemplateProblem
 from tutorial_lib.sft.batches import PackedRows, PaddedRows
 from tutorial_lib.sft.chat_format import CHAT, grow_vocabulary, with_roles
-from tutorial_lib.sft.examples import Example, begin_with, cut_to, encode_example
+from tutorial_lib.sft.examples import Example, cut_to, encode_example
 from tutorial_lib.sft.objective import Answers
 from tutorial_lib.tools.expect import expect
 from tutorial_lib.tools.seeds import derive_seed
@@ -74,8 +75,6 @@ class Speaker:
     model: nn.Module
     tokenizer: Tokenizer
     template: ChatTemplate
-    starts: Sequence[int] = ()
-    """BOS, where the model knows one before every text."""
 
     def keep(self, folder: Path) -> None:
         """Put tokenizer and template beside the checkpoints: `chat` and `export` find them there."""
@@ -83,8 +82,7 @@ class Speaker:
 
     def ask(self, question: str) -> list[int]:
         """A question in ids, with what announces the answer."""
-        ids = self.template.encode(self.tokenizer, [{"role": "user", "content": question}])
-        return begin_with(self.starts, ids)
+        return self.template.encode(self.tokenizer, [{"role": "user", "content": question}])
 
 
 class Learned:
@@ -137,12 +135,11 @@ def _prepare(config: SFTConfig, start: Start) -> Work:
         for found, what in zip(examples, ("learn from", "validate on"), strict=True)
     )
     rows, precision = rows_at_once(train), pick_precision(train.amp, start.device)
-    looks = min(-(-len(to_measure.rows) // rows), -(-(train.eval_windows or len(to_measure.rows)) // rows))
+    looks = ceil(min(train.eval_windows or len(to_measure.rows), len(to_measure.rows)) / rows)
     model = speaker.model.train().to(start.device)
-    size, where = sum(p.numel() for p in model.parameters()), f"{start.device.type} × {world_size()}"
     used = sum(len(example) - 1 for example in to_learn.examples)
     start.tell(
-        f"{size:,} parameters on {where} in {str(precision.dtype)[6:]}; {len(to_learn.examples):,} conversations of "
+        f"{described(model, start.device, precision)}; {len(to_learn.examples):,} conversations of "
         f"{used / len(to_learn.examples):.0f} tokens in {len(to_learn.rows):,} rows to learn from, "
         f"{len(to_measure.examples):,} to validate on"
     )
@@ -173,9 +170,9 @@ def _speaker(config: SFTConfig, start: Start) -> Speaker:
         tokenizer = with_roles(load_tokenizer(config.data.tokenizer or "byte"))
         if config.model.vocab_size < tokenizer.vocab_size:
             config.model.vocab_size = tokenizer.vocab_size
-        return Speaker(new_model(config), tokenizer, ChatTemplate(CHAT))
-    if found.template.source != PLAIN:
-        return Speaker(found.model, found.tokenizer, found.template, found.starts)
+        return Speaker(new_model(config), tokenizer, _template(tokenizer))
+    if found.chats:
+        return Speaker(found.model, found.tokenizer, found.template)
     if config.data.tokenizer not in (None, found.tokenizer_name):
         raise ConfigError(
             f"data.tokenizer is {config.data.tokenizer}, but train.init_from {config.train.init_from} reads "
@@ -194,7 +191,11 @@ def _speaker(config: SFTConfig, start: Start) -> Speaker:
     start.tell(
         f"{config.train.init_from} was never taught to chat: it gets the course's template and its tokens"
     )
-    return Speaker(model, tokenizer, ChatTemplate(CHAT), found.starts)
+    return Speaker(model, tokenizer, _template(tokenizer))
+
+
+def _template(tokenizer: HuggingFaceTokenizer) -> ChatTemplate:
+    return ChatTemplate(CHAT, {"bos_token": tokenizer.bos or ""})
 
 
 def _conversations(config: SFTConfig) -> tuple[list[Conversation], list[Conversation]]:
@@ -206,10 +207,8 @@ def _conversations(config: SFTConfig) -> tuple[list[Conversation], list[Conversa
             return learn, load_conversations(data.val or PROBLEMS, max(n // 10, 1), "held_out", seed)
     except ValueError as error:
         raise ConfigError(f"data: {error}") from None
-    sides: tuple[list[Conversation], list[Conversation]] = ([], [])
-    for conversation in learn:
-        question = next((m["content"] for m in conversation if m["role"] == "user"), "")
-        sides[is_held_out(question, data.val_fraction)].append(conversation)
+    questions = [next((m["content"] for m in one if m["role"] == "user"), "") for one in learn]
+    sides = tuple([learn[i] for i in side] for side in split_by_hash(questions, data.val_fraction))
     for side, what in zip(sides, ("to learn from", "held out"), strict=True):
         if not side:
             raise ConfigError(
@@ -230,7 +229,7 @@ def _encode(
     found, too_long, empty = [], 0, 0
     for at, conversation in enumerate(conversations):
         try:
-            example = encode_example(speaker.template, speaker.tokenizer, conversation, speaker.starts)
+            example = encode_example(speaker.template, speaker.tokenizer, conversation)
         except TemplateProblem as error:
             raise ConfigError(f"data: conversation {at + 1} to {what}: {error}") from None
         too_long += len(example) > seq_len + 1

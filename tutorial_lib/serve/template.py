@@ -11,15 +11,11 @@ from typing import Any
 
 import regex
 
+from tutorial_lib.data.conversations import ROLES, Message
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.serve.jinja_sandbox import Sandbox, TemplateProblem, one_line
 
 __all__ = ["PLAIN", "ROLES", "ChatTemplate", "Message", "TemplateProblem"]
-
-Message = dict[str, str]
-"""`{"role": "user", "content": "Hello"}`"""
-
-ROLES = ("system", "user", "assistant")
 
 PLAIN = """
 {%- for message in messages -%}

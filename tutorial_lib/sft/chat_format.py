@@ -8,12 +8,9 @@ import torch
 
 from tutorial_lib.core.model import Transformer
 from tutorial_lib.data.adapters import HuggingFaceTokenizer, as_huggingface
-from tutorial_lib.data.bpe import BPETokenizer
 from tutorial_lib.data.protocol import Tokenizer
-from tutorial_lib.data.tokenize import ByteTokenizer
-from tutorial_lib.serve.template import ChatTemplate
 
-__all__ = ["CHAT", "END", "ROLE_TOKENS", "end_ids", "grow_vocabulary", "with_roles"]
+__all__ = ["CHAT", "END", "ROLE_TOKENS", "grow_vocabulary", "with_roles"]
 
 END = "<|end|>"
 """Ends what somebody says. A model that never learned it never stops."""
@@ -22,6 +19,7 @@ ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", END)
 """One token for each role, with an id of its own: no text that a user types can be read as one."""
 
 CHAT = """
+{{- bos_token -}}
 {%- for message in messages -%}
 {{ '<|' + message['role'] + '|>' }}
 {%- if message['role'] == 'assistant' -%}
@@ -42,28 +40,13 @@ def with_roles(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
     Raises:
         ValueError: if it cannot be said in Hugging Face's words, in which it is saved.
     """
-    if isinstance(tokenizer, ByteTokenizer):
-        tokenizer = BPETokenizer({bytes([b]): b for b in range(256)}, list(tokenizer.specials))
-    theirs = as_huggingface(tokenizer).tokenizer
+    before = as_huggingface(tokenizer)
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Theirs
 
-    copy = Theirs.from_str(theirs.to_str())
+    copy = Theirs.from_str(before.tokenizer.to_str())
     copy.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in ROLE_TOKENS])
-    return HuggingFaceTokenizer(copy, eos=END)
-
-
-def end_ids(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end an answer as this template writes it: the last special after what the assistant says.
-
-    Empty if it writes none: then nothing in the ids says where an answer ends.
-    """
-    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = template.encode(tokenizer, said, answer_next=False)
-    specials = set(tokenizer.specials.values())
-    begin = len(template.encode(tokenizer, said[:1], answer_next=True))
-    found = [i for i in ids[begin:] if i in specials]
-    return frozenset(found[-1:])
+    return HuggingFaceTokenizer(copy, eos=END, bos=before.bos)
 
 
 @torch.no_grad()

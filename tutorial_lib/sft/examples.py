@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tutorial_lib.data.protocol import Tokenizer
 from tutorial_lib.serve.template import ChatTemplate, Message, TemplateProblem
 
-__all__ = ["Example", "begin_with", "cut_to", "encode_example"]
+__all__ = ["Example", "cut_to", "encode_example"]
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,12 @@ class Example:
         return sum(self.learned[1:])
 
 
-def encode_example(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], starts: Sequence[int] = ()
-) -> Example:
+def encode_example(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message]) -> Example:
     """A conversation as the template writes it, with every answer marked, from its first token to its end token.
 
     An answer is found by comparing: what the template writes up to "now the assistant answers", and what it writes when
     the answer is there. What follows the end token (a line break, with ChatML) is not learned: whoever generates has
     stopped by then.
-
-    Args:
-        starts: What the model knows before every text: BOS, unless the template writes it.
 
     Raises:
         TemplateProblem: if the template does not take the messages, or writes what was said differently afterwards, so
@@ -62,13 +57,7 @@ def encode_example(
         ends = [at + 1 for at in range(len(before), len(after)) if after[at] in specials]
         end = ends[-1] if ends else len(after)
         learned[len(before) : end] = [True] * (end - len(before))
-    whole = begin_with(starts, ids)
-    return Example(tuple(whole), tuple([False] * (len(whole) - len(ids)) + learned))
-
-
-def begin_with(starts: Sequence[int], ids: Sequence[int]) -> list[int]:
-    """The ids after what the model knows before every text; BOS once, and not twice, where the template writes it."""
-    return list(ids) if list(ids[: len(starts)]) == list(starts) else [*starts, *ids]
+    return Example(tuple(ids), tuple(learned))
 
 
 def cut_to(example: Example, length: int) -> Example:
