@@ -439,9 +439,13 @@ def shared_with_the_dense_model(dense: State, fresh: State) -> State:
     return _state(dense, fresh, own=lambda weight: weight)
 
 
-def shared_with_the_fresh_model(dense: State, fresh: State) -> State:
-    """The values are right, but the routers are the fresh model's own memory. Clone them, too."""
-    return _state(dense, fresh, new=lambda weight: weight)
+def nothing_is_copied(dense: State, fresh: State) -> State:
+    """The values are right, and all of it is borrowed: the experts are views of one MLP, and the rest is the memory of the
+    two models. Training would change all of them at once: copy everything that you hand on."""
+    borrow: Callable[[Tensor], Tensor] = lambda weight: weight  # noqa: E731
+    return _state(
+        dense, fresh, copies=lambda matrix, stack: matrix.expand(len(stack), -1, -1), new=borrow, own=borrow
+    )
 
 
 def _pair(**settings: Any) -> tuple[Transformer, MoETransformer]:
@@ -540,7 +544,7 @@ UPCYCLE = Exercise(
         the_layers_without_experts_are_fresh,
         all_experts_in_one_memory,
         shared_with_the_dense_model,
-        shared_with_the_fresh_model,
+        nothing_is_copied,
     ],
 )
 
