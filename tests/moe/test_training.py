@@ -287,6 +287,9 @@ def test_a_run_with_experts_is_trained_resumed_judged_and_writes(home, more):
     assert done.exit_code == 0 and done.stdout.startswith("To")
     done = runner.invoke(app, ["eval", "--ckpt", str(folder / "latest.ckpt"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["loss"] > 0
+    talk = ["chat", "--ckpt", str(folder / "latest.ckpt"), "--max-new-tokens", "5", "--seed", "1"]
+    done = runner.invoke(app, talk, input="To be\n")
+    assert done.exit_code == 0 and done.stdout.strip(), done.output
     done = runner.invoke(app, ["train", "--config", str(path), "--dry-run"])
     assert done.exit_code == 0 and "parameters: active" in done.output and "parameters: router" in done.output
 
