@@ -290,10 +290,12 @@ raise LookupError(f"found {found} {os.environ.get('GRADERS_SECRET')}")
         "while True: os.mkdir('a'), os.chdir('a')",
     ],
 )
-def test_under_strict_a_folder_is_not_filled(tmp_path, code):
-    before = set(Path(tempfile.gettempdir()).glob("llm-scratch-check-*"))
+def test_under_strict_a_folder_is_not_filled(tmp_path, monkeypatch, code):
+    own = tmp_path / "temporary"  # others are graded at the same time, beside
+    own.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(own))
     assert "which is too much" in graded(tmp_path, answer(code), strict=True).sentence
-    assert set(Path(tempfile.gettempdir()).glob("llm-scratch-check-*")) <= before
+    assert not any(own.iterdir())
 
 
 @pytest.mark.slow
